@@ -1,0 +1,57 @@
+# Two commands matter: `make demo` and `make test`. Each sets up all it needs in .venv.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+# Where to take torch from, e.g. PyTorch's CPU wheel index; empty = the default package index.
+TORCH_INDEX ?=
+# llama.cpp is built for this machine, without the parts that dsq does not use.
+export CMAKE_ARGS ?= -DLLAVA_BUILD=OFF -DLLAMA_OPENSSL=OFF
+
+.PHONY: help demo test test-slow check lint bench clean
+
+help:
+	@echo "make demo       the main job on a real model, with a drift table at the end"
+	@echo "make test       all tests (installs torch for the reference logits)"
+	@echo "make test-slow  the longer proofs"
+	@echo "make check      ruff, mypy strict and the tests"
+	@echo "make bench      dsq against llama.cpp's own tools, written to benchmarks/RESULTS.md"
+
+demo: $(VENV)/.runtime
+	@$(BIN)/python scripts/demo.py
+
+test: $(VENV)/.dev
+	@$(BIN)/python -m pytest
+
+test-slow: $(VENV)/.dev
+	@$(BIN)/python -m pytest -m slow
+
+check: lint test
+
+lint: $(VENV)/.dev
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+bench: $(VENV)/.dev
+	@$(BIN)/python -m benchmarks.run
+
+clean:
+	rm -rf $(VENV) .cache demo
+
+# What a user needs: dsq and llama.cpp. No torch.
+$(VENV)/.runtime: pyproject.toml constraints.txt
+	@echo "Setting up $(VENV). llama.cpp is built from source once: about 5 minutes on 2 cores."
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade pip
+	@$(PIP) --no-binary llama-cpp-python -e .
+	@touch $@
+
+# And what the tests need: torch, transformers and the tools (1.3 GB with the CPU build of torch).
+$(VENV)/.dev: $(VENV)/.runtime
+	@echo "Adding torch, transformers and the test tools."
+	@$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch==2.13.0
+	@$(PIP) -e '.[torch,dev]'
+	@touch $@

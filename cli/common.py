@@ -1,0 +1,104 @@
+"""What several verbs share: finding the model, output names, sizes, JSON."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from dsq.errors import InputError
+
+
+def add_source(parser: argparse.ArgumentParser, name: str, help_: str) -> None:
+    parser.add_argument(
+        name, nargs="?", help=f"{help_} (default: the one model in this folder)", metavar=name.upper()
+    )
+
+
+def add_hub(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("model hub")
+    group.add_argument("--revision", help="branch, tag or commit of a hub id")
+    group.add_argument("--offline", action="store_true", help="use only what the cache holds")
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print one JSON object, nothing else")
+
+
+def add_threads(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("-t", "--threads", type=positive, help="CPU threads (default: all cores)")
+
+
+def positive(text: str) -> int:
+    """argparse type: an integer above zero."""
+    value = int(text)
+    if value <= 0:
+        raise argparse.ArgumentTypeError(f"{text} is not above zero")
+    return value
+
+
+def local_model(source: str | None, args: argparse.Namespace) -> Path:
+    """The path of SRC: as given, from the hub, or the one model in the current folder."""
+    if source is None:
+        return only_model(Path())
+    from dsq.convert.hub import resolve
+
+    return resolve(source, revision=args.revision, offline=args.offline)
+
+
+def only_model(folder: Path) -> Path:
+    """The one model in `folder`: itself, one subdirectory, or one GGUF."""
+    if (folder / "config.json").is_file():
+        return folder
+    found = [p.parent for p in sorted(folder.glob("*/config.json"))]
+    found += [
+        p
+        for p in sorted(folder.glob("*.gguf"))
+        if not re.search(r"-\d{5}-of-\d{5}\.gguf$", p.name) or "-00001-of-" in p.name
+    ]
+    if len(found) == 1:
+        return found[0]
+    if not found:
+        raise InputError("no model in this folder; name one: a .gguf, a directory or a hub id")
+    names = ", ".join(str(p) for p in found[:6])
+    raise InputError(f"{len(found)} models in this folder ({names}); name one")
+
+
+def output_path(source: Path, encoding: str) -> Path:
+    """`Base-Q4_K_M.gguf` in the current folder, from the source's name."""
+    base = source.resolve().name
+    base = re.sub(r"(-\d{5}-of-\d{5})?\.gguf$", "", base)
+    base = re.sub(r"[-.](f32|f16|bf16|i?q\d\w*|tq\d_0|mxfp4\w*)$", "", base, flags=re.IGNORECASE)
+    return Path(f"{base or 'model'}-{encoding.upper()}.gguf")
+
+
+_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+
+
+def size(text: str) -> int:
+    """argparse type: `4G`, `500M`, `3.9GiB`; powers of 1024."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", text.strip(), re.IGNORECASE)
+    if match is None or float(match.group(1)) <= 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; write 500M or 4G")
+    return int(float(match.group(1)) * _UNITS[match.group(2).upper()])
+
+
+def human(n_bytes: float) -> str:
+    """`98.4 MiB`"""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if n_bytes < 1024 or unit == "GiB":
+            return f"{n_bytes:.0f} B" if unit == "B" else f"{n_bytes:.1f} {unit}"
+        n_bytes /= 1024
+    raise AssertionError("unreachable")
+
+
+def print_json(content: Any) -> None:
+    json.dump(content, sys.stdout, indent=2, ensure_ascii=False)
+    print()
+
+
+def warn(message: str) -> None:
+    print(f"dsq: warning: {message}", file=sys.stderr)

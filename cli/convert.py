@@ -1,0 +1,102 @@
+"""`dsq convert`: a checkpoint to GGUF, and a GGUF back to a Hugging Face directory."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from dsq.cli import common
+from dsq.cli.progress import progress_bar
+from dsq.errors import InputError
+
+DESCRIPTION = "Convert a Hugging Face checkpoint to GGUF, or (--to hf) a GGUF to Hugging Face."
+EXAMPLE = "dsq convert ./deepseek-coder-1.3b-base --to gguf --outtype bf16 -o coder.gguf"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    common.add_source(parser, "src", "directory, hub id (org/name) or .gguf")
+    parser.add_argument("--to", choices=("gguf", "hf"), default="gguf")
+    parser.add_argument(
+        "--outtype",
+        default="auto",
+        metavar="TYPE",
+        help="auto, f32, f16, bf16, q8_0, q4_k_m, … (auto: the type the weights are stored in)",
+    )
+    parser.add_argument("-o", "--output", type=Path, help="file, or directory with --to hf")
+    parser.add_argument("--dry-run", action="store_true", help="print the plan, write nothing")
+    parser.add_argument("--split-max-size", type=common.size, metavar="4G", help="shard the GGUF")
+    parser.add_argument("--pre", help="pre-tokenizer name, when it is not recognised")
+    parser.add_argument("--force", action="store_true", help="replace an existing output")
+    parser.add_argument(
+        "--allow-nonfinite", action="store_true", help="convert NaN and Inf weights as they are"
+    )
+    parser.add_argument(
+        "--dither",
+        type=float,
+        default=0.0,
+        metavar="F",
+        help="--to hf: add normal noise of F × each block's step, so that a model which was "
+        "quantized before does not lie on its old grid when drift is measured",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of --dither")
+    common.add_threads(parser)
+    common.add_hub(parser)
+    common.add_json(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.to == "hf":
+        return _to_hf(args)
+    from dsq.cli.quantize import convert_to_gguf
+
+    return convert_to_gguf(args, args.outtype)
+
+
+def _to_hf(args: argparse.Namespace) -> int:
+    from dsq.convert.checkpoint import GgufCheckpoint, open_checkpoint
+    from dsq.convert.hf.writer import plan_to_hf, write_hf
+    from dsq.convert.rope import describe
+    from dsq.quant.stream import Dither
+
+    source = common.local_model(args.src, args)
+    checkpoint = open_checkpoint(source)
+    if not isinstance(checkpoint, GgufCheckpoint):
+        raise InputError(f"{source} is a Hugging Face directory already; --to hf takes a .gguf")
+    steps = plan_to_hf(checkpoint, args.outtype)
+    out = args.output or Path(common.output_path(source, "hf").stem)
+    report: dict[str, Any] = {
+        "output": str(out),
+        "type": steps[0].to.name,
+        "rope": describe(checkpoint.spec.rope),
+        "dither": args.dither,
+        "tensors": len(steps),
+        "size_bytes": sum(s.n_bytes for s in steps),
+    }
+    if args.dry_run:
+        report["plan"] = [s.to_json() for s in steps]
+    else:
+        with progress_bar(f"→ {out}", report["size_bytes"], quiet=args.json) as advance:
+            artifact = write_hf(
+                checkpoint,
+                steps,
+                out,
+                force=args.force,
+                threads=args.threads,
+                allow_nonfinite=args.allow_nonfinite,
+                dither=Dither(args.dither, args.seed) if args.dither else None,
+                progress=advance,
+            )
+        report["seconds"] = round(artifact.seconds, 3)
+        report["size_bytes"] = artifact.size_bytes
+    if args.json:
+        common.print_json(report)
+    elif args.dry_run:
+        for step in steps:
+            print(f"{step.name:<52} {step.stored!s:>6} → {step.to!s:<5} {step.shape}")
+    else:
+        print(
+            f"{out}: {len(steps)} tensors, {report['type']}, "
+            f"{common.human(report['size_bytes'])}, RoPE {report['rope']}"
+        )
+    return 0

@@ -1,0 +1,80 @@
+"""`dsq VERB …`: find the verb, import only its file, run it, print errors as one line."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+from dsq import __version__
+from dsq.errors import DsqError
+
+VERBS: dict[str, str] = {
+    "convert": "a Hugging Face checkpoint to GGUF, or a GGUF back to Hugging Face",
+    "quantize": "to any of llama.cpp's types, from a GGUF or straight from a checkpoint",
+    "eval": "perplexity, and the divergence from a reference",
+    "inspect": "what is in a model file, and the memory it needs",
+    "verify": "prove that an artifact is its source, and write a receipt",
+    "complete": "complete code: plain, or fill in the middle",
+    "chat": "talk to an instruct model",
+}
+
+USAGE = """\
+usage: dsq VERB [options]        dsq VERB --help for an example of each
+
+Quantize, measure and run code models. DeepSeek Coder first.
+
+{verbs}
+
+  dsq convert ./deepseek-coder-1.3b-base --to gguf -o coder.gguf
+  dsq quantize q4_k_m ./deepseek-coder-1.3b-base -o coder-q4.gguf
+  dsq complete coder-q4.gguf -p "def quicksort("
+
+options: --help, --version
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The console script. Returns the exit code: 0, 1 failure, 2 bad input, 130 interrupted."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    if not args or args[0] in ("-h", "--help", "help"):
+        verbs = "\n".join(f"  {name:<10} {what}" for name, what in VERBS.items())
+        print(USAGE.format(verbs=verbs))
+        return 0 if args else 2
+    if args[0] in ("-V", "--version"):
+        print(f"dsq {__version__}")
+        return 0
+    try:
+        return _run(args[0], args[1:])
+    except DsqError as error:
+        print(f"dsq: error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader went away (`dsq inspect … | head`); do not complain at exit either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _run(verb: str, args: list[str]) -> int:
+    if verb not in VERBS:
+        print(f"dsq: error: no verb {verb!r}; verbs: {', '.join(VERBS)}", file=sys.stderr)
+        return 2
+    module = importlib.import_module(f"dsq.cli.{verb}")
+    parser = argparse.ArgumentParser(
+        prog=f"dsq {verb}",
+        description=f"{module.DESCRIPTION}",
+        epilog=f"example:\n  {module.EXAMPLE}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    module.add_arguments(parser)
+    code: int = module.run(parser.parse_args(args))
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,145 @@
+"""`dsq quantize`: any of llama-quantize's types, from a GGUF or straight from a checkpoint."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from pathlib import Path
+from typing import Any
+
+from dsq.cli import common
+from dsq.cli.progress import progress_bar
+from dsq.errors import InputError
+from dsq.quant.plan import Options
+from dsq.quant.scheme import GgmlType, ggml_type
+
+DESCRIPTION = (
+    "Quantize SRC to TYPE. SRC may be a GGUF, a Hugging Face directory or a hub id: from a\n"
+    "checkpoint this is one pass, with no 16-bit file in between. The tensor data equals that of\n"
+    "llama.cpp's converter and llama-quantize, byte for byte."
+)
+EXAMPLE = "dsq quantize q4_k_m ./deepseek-coder-1.3b-base -o coder-q4_k_m.gguf"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("type", metavar="TYPE", help="q4_0, q4_k_m, q8_0, iq4_xs, … or list")
+    common.add_source(parser, "src", ".gguf, directory or hub id (org/name)")
+    parser.add_argument("-o", "--output", type=Path)
+    parser.add_argument("--imatrix", type=Path, metavar="FILE", help="llama.cpp's, GGUF or .dat")
+    parser.add_argument("--pure", action="store_true", help="one type for all, no mix")
+    parser.add_argument("--leave-output-tensor", action="store_true", help="keep output.weight")
+    parser.add_argument("--output-tensor-type", type=_type, metavar="T")
+    parser.add_argument("--token-embedding-type", type=_type, metavar="T")
+    parser.add_argument(
+        "--tensor-type",
+        type=_tensor_type,
+        action="append",
+        default=[],
+        metavar="REGEX=T",
+        help="the type of the tensors whose name matches; may be repeated, the first wins",
+    )
+    parser.add_argument("--allow-requantize", action="store_true", help="SRC may be quantized")
+    parser.add_argument("--dry-run", action="store_true", help="print the plan, write nothing")
+    parser.add_argument("--split-max-size", type=common.size, metavar="4G", help="shard the GGUF")
+    parser.add_argument("--pre", help="pre-tokenizer name, when it is not recognised")
+    parser.add_argument("--force", action="store_true", help="replace an existing output")
+    parser.add_argument(
+        "--allow-nonfinite", action="store_true", help="convert NaN and Inf weights as they are"
+    )
+    common.add_threads(parser)
+    common.add_hub(parser)
+    common.add_json(parser)
+
+
+def _type(text: str) -> GgmlType:
+    try:
+        return ggml_type(text)
+    except InputError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _tensor_type(text: str) -> tuple[re.Pattern[str], GgmlType]:
+    pattern, _, name = text.rpartition("=")
+    if not pattern:
+        raise argparse.ArgumentTypeError(f"{text!r}; write REGEX=TYPE, e.g. ffn_down=q6_k")
+    try:
+        return re.compile(pattern.lower()), _type(name)
+    except re.error as error:
+        raise argparse.ArgumentTypeError(f"{pattern!r} is no regular expression: {error}") from None
+
+
+def run(args: argparse.Namespace) -> int:
+    options = Options(
+        pure=args.pure,
+        leave_output_tensor=args.leave_output_tensor,
+        output_tensor_type=args.output_tensor_type,
+        token_embedding_type=args.token_embedding_type,
+        tensor_types=tuple(args.tensor_type),
+    )
+    return convert_to_gguf(
+        args,
+        args.type,
+        options=options,
+        imatrix_path=args.imatrix,
+        allow_requantize=args.allow_requantize,
+    )
+
+
+def convert_to_gguf(
+    args: argparse.Namespace,
+    type_name: str,
+    *,
+    options: Options | None = None,
+    imatrix_path: Path | None = None,
+    allow_requantize: bool = False,
+) -> int:
+    """Plan, write, report: what `dsq quantize` and `dsq convert --to gguf` share."""
+    from dsq.convert.checkpoint import open_checkpoint
+    from dsq.convert.imatrix import read_imatrix
+    from dsq.convert.pipeline import plan_gguf, run_gguf_plan
+    from dsq.convert.rope import describe
+    from dsq.convert.tensor_plan import auto_outtype
+    from dsq.quant.presets import preset as find_preset
+
+    named = None if type_name == "auto" else find_preset(type_name)  # before any I/O
+    source = common.local_model(args.src, args)
+    checkpoint = open_checkpoint(source)
+    preset = named or auto_outtype(checkpoint.tensors.values())
+    plan = plan_gguf(
+        checkpoint,
+        preset,
+        options=options,
+        imatrix=read_imatrix(imatrix_path) if imatrix_path else None,
+        allow_requantize=allow_requantize,
+        split_max_bytes=args.split_max_size,
+        pre=args.pre,
+    )
+    out = args.output or common.output_path(source, preset.name)
+    report: dict[str, Any] = {"output": str(out), **plan.to_json()}
+    if not args.dry_run:
+        with progress_bar(f"→ {out}", plan.layout.data_bytes, quiet=args.json) as advance:
+            artifact = run_gguf_plan(
+                checkpoint,
+                plan,
+                out,
+                force=args.force,
+                threads=args.threads,
+                allow_nonfinite=args.allow_nonfinite,
+                progress=advance,
+            )
+        del report["tensors"]
+        report["files"] = [str(p) for p in artifact.paths]
+        report["size_bytes"] = artifact.size_bytes
+        report["seconds"] = round(artifact.seconds, 3)
+    if args.json:
+        common.print_json(report)
+        return 0
+    if args.dry_run:
+        for step in plan.steps:
+            print(f"{step.name:<32} {step.stored!s:>6} → {step.to!s:<8} {step.shape}")
+    types = ", ".join(f"{n} × {t}" for t, n in report["tensors_by_type"].items())
+    print(
+        f"{out}: {preset.name}, {plan.bpw:.2f} bpw, {common.human(report['size_bytes'])} "
+        f"({types}), RoPE {describe(checkpoint.spec.rope)}"
+    )
+    return 0

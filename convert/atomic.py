@@ -1,0 +1,114 @@
+"""Nothing half-written under a final name: temporary file in the same folder, fsync, rename."""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from dsq.errors import DsqError, InputError
+
+
+def check_target(path: Path, *, force: bool, n_bytes: int = 0) -> None:
+    """Refuse what is sure to fail later: an existing output, a missing or full folder."""
+    if path.exists() and not force:
+        raise InputError(f"{path} exists; give another -o, or --force to replace it")
+    folder = path.parent
+    if not folder.is_dir():
+        raise InputError(f"{folder} is not a folder; create it or give another -o")
+    free = shutil.disk_usage(folder).free
+    if n_bytes > free:
+        raise InputError(
+            f"{folder} has {free / 2**30:.1f} GiB free, but {path.name} needs "
+            f"{n_bytes / 2**30:.1f} GiB; free some space or give another -o"
+        )
+
+
+@contextmanager
+def atomic_files(paths: Sequence[Path]) -> Iterator[list[Path]]:
+    """Yield a temporary path for each of `paths`; all are renamed at the end, or all removed.
+
+    The caller writes and closes them. Operating system errors become one-line errors that name
+    the target (disk full, read-only, no permission).
+    """
+    tag = secrets.token_hex(4)
+    temporary = [p.with_name(f".{p.name}.{tag}.tmp") for p in paths]
+    try:
+        yield temporary
+        for path in temporary:
+            _fsync(path)
+        for path, final in zip(temporary, paths, strict=True):
+            path.replace(final)
+        for folder in {p.parent for p in paths}:
+            _fsync(folder)
+    except OSError as error:
+        raise os_error(error, paths[0]) from error
+    finally:
+        for path in temporary:
+            if path.exists():
+                path.unlink()
+
+
+@contextmanager
+def atomic_directory(path: Path, *, force: bool) -> Iterator[Path]:
+    """As `atomic_files`, for a directory: it appears under its name only when complete."""
+    if path.exists():
+        if not force:
+            raise InputError(f"{path} exists; give another -o, or --force to replace it")
+        if not path.is_dir():
+            raise InputError(f"{path} is a file; a directory is to be written: give another -o")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        temporary.mkdir()
+        yield temporary
+        for file in temporary.iterdir():
+            _fsync(file)
+        if path.exists():
+            old = path.with_name(f".{path.name}.{secrets.token_hex(4)}.old")
+            path.rename(old)
+            temporary.rename(path)
+            shutil.rmtree(old)
+        else:
+            temporary.rename(path)
+    except OSError as error:
+        raise os_error(error, path) from error
+    finally:
+        if temporary.exists():
+            shutil.rmtree(temporary)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small file atomically, replacing what is there."""
+    with atomic_files([path]) as (temporary,):
+        temporary.write_text(text, encoding="utf-8")
+
+
+def _fsync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+_REMEDY = {
+    errno.ENOSPC: "the disk is full; free some space or give another -o",
+    errno.EDQUOT: "the disk quota is used up; free some space or give another -o",
+    errno.EROFS: "the file system is read-only; give another -o",
+    errno.EACCES: "no permission to write there; give another -o",
+    errno.EPERM: "no permission to write there; give another -o",
+    errno.ENOENT: "the folder does not exist; create it or give another -o",
+    errno.EFBIG: "the file system cannot hold a file that large; use --split-max-size",
+}
+
+
+def os_error(error: OSError, path: Path) -> DsqError:
+    """An operating system error as one line with the remedy."""
+    remedy = _REMEDY.get(error.errno or 0)
+    if remedy is None:
+        return DsqError(f"{path}: {error.strerror or error}")
+    return InputError(f"{path}: {remedy}")

@@ -1,0 +1,185 @@
+"""GGUF → Hugging Face: safetensors shards, config.json, generation_config.json, tokenizer.
+
+`config.json` is written here, never through `save_pretrained`, which in transformers 5 keeps the
+RoPE factor under a key that exllamav2 does not read.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from dsq.convert.atomic import atomic_directory, check_target
+from dsq.convert.checkpoint import GgufCheckpoint
+from dsq.convert.gguf.writer import write_all
+from dsq.convert.names import hf_name, permuted_heads
+from dsq.convert.pipeline import Artifact, default_threads
+from dsq.convert.spec import ARCHITECTURE, ModelSpec
+from dsq.convert.tensor_plan import ROPE_FREQS, TensorStep, half_split_rows
+from dsq.errors import InputError
+from dsq.quant.plan import tensor_order
+from dsq.quant.scheme import BY_NAME, FLOAT_TYPES, F32, GgmlType
+from dsq.quant.stream import Dither, Job, quantize_stream
+from dsq.tokenizer_port.to_hf import hf_files
+from dsq.tokenizer_port.vocabulary import Vocabulary
+
+SHARD_BYTES = 5 << 30  # as transformers cuts
+_DTYPES = {"f32": "F32", "f16": "F16", "bf16": "BF16"}
+_TORCH_DTYPES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
+
+
+def plan_to_hf(checkpoint: GgufCheckpoint, outtype: str = "auto") -> tuple[TensorStep, ...]:
+    """Every tensor under its HF name. `auto` keeps float types and holds quantized ones in f32,
+    the only type that holds dequantized values exactly; vectors follow the matrices."""
+    to = _outtype(checkpoint, outtype)
+    return tuple(
+        TensorStep(
+            hf_name(info.name), info.shape, to, info, permuted_heads(info.name, checkpoint.spec)
+        )
+        for info in sorted(checkpoint.tensors.values(), key=lambda t: tensor_order(t.name))
+        if info.name != ROPE_FREQS  # config.json says it
+    )
+
+
+def _outtype(checkpoint: GgufCheckpoint, outtype: str) -> GgmlType:
+    if outtype != "auto":
+        if outtype not in _DTYPES:
+            raise InputError(f"--outtype {outtype} for --to hf; choose auto, f32, f16 or bf16")
+        return BY_NAME[outtype]
+    kinds = {t.type for t in checkpoint.tensors.values() if len(t.shape) > 1}
+    return kinds.pop() if len(kinds) == 1 and kinds <= set(FLOAT_TYPES) else F32
+
+
+def write_hf(
+    checkpoint: GgufCheckpoint,
+    steps: Sequence[TensorStep],
+    out: Path,
+    *,
+    force: bool = False,
+    threads: int | None = None,
+    allow_nonfinite: bool = False,
+    dither: Dither | None = None,
+    progress: Callable[[int], None] = lambda n: None,
+) -> Artifact:
+    """Write the directory; it appears under its name only when complete."""
+    start = time.perf_counter()
+    n_bytes = sum(s.n_bytes for s in steps)
+    check_target(out, force=force, n_bytes=n_bytes)
+    vocab = checkpoint.vocabulary()
+    shards = _shards(steps)
+    slabs = quantize_stream(
+        _jobs(checkpoint, steps, dither),
+        threads=threads or default_threads(),
+        allow_nonfinite=allow_nonfinite,
+    )
+    with atomic_directory(out, force=force) as folder:
+        stream = iter(slabs)
+        for name, members in shards.items():
+            with (folder / name).open("wb", buffering=0) as file:
+                write_all(file, _header(members))
+                for step in members:
+                    for slab in stream:
+                        assert slab.job.name == step.name
+                        write_all(file, memoryview(slab.data).cast("B"))
+                        progress(slab.data.nbytes)
+                        if slab.last:
+                            break
+        if len(shards) > 1:
+            index = {
+                "metadata": {"total_size": n_bytes},
+                "weight_map": {s.name: name for name, m in shards.items() for s in m},
+            }
+            _write_json(folder / "model.safetensors.index.json", index)
+        _write_json(folder / "config.json", config_json(checkpoint.spec, vocab, steps[0].to))
+        _write_json(folder / "generation_config.json", generation_config_json(vocab))
+        for name, content in hf_files(vocab, checkpoint.spec.n_ctx).items():
+            _write_json(folder / name, content)
+    files = tuple(sorted(out.iterdir()))
+    return Artifact(files, sum(f.stat().st_size for f in files), time.perf_counter() - start)
+
+
+def _jobs(
+    checkpoint: GgufCheckpoint, steps: Sequence[TensorStep], dither: Dither | None
+) -> Iterator[Job]:
+    for step in steps:
+        assert step.source is not None
+        n_per_row = 1 if step.heads and len(step.shape) == 1 else step.source.n_per_row
+        raw = checkpoint.data(step.source.name).reshape(-1, step.stored.row_bytes(n_per_row))
+        order = half_split_rows(len(raw), step.heads) if step.heads else None
+        yield Job(step.name, raw, step.stored, step.to, n_per_row, order, noise=dither)
+
+
+def config_json(spec: ModelSpec, vocab: Vocabulary, to: GgmlType) -> dict[str, Any]:
+    """A config.json in which every reader finds the RoPE factor (see `Rope.to_config`)."""
+    return {
+        "architectures": [ARCHITECTURE],
+        "model_type": "llama",
+        "attention_bias": spec.attention_bias,
+        "mlp_bias": spec.mlp_bias,
+        "bos_token_id": vocab.bos,
+        "eos_token_id": vocab.eos,
+        "pad_token_id": vocab.pad,
+        "head_dim": spec.head_dim,
+        "hidden_act": "silu",
+        "hidden_size": spec.n_embd,
+        "intermediate_size": spec.n_ff,
+        "max_position_embeddings": spec.n_ctx,
+        "num_attention_heads": spec.n_head,
+        "num_hidden_layers": spec.n_layer,
+        "num_key_value_heads": spec.n_head_kv,
+        "rms_norm_eps": _short_float(spec.rms_eps),
+        **spec.rope.to_config(),
+        "tie_word_embeddings": spec.tied,
+        "torch_dtype": _TORCH_DTYPES[to.name],
+        "vocab_size": spec.n_vocab,
+    }
+
+
+def _short_float(value: float) -> float:
+    """1e-05 rather than 9.999999747378752e-06: GGUF keeps it as float32."""
+    import numpy as np
+
+    return float(str(np.float32(value)))
+
+
+def generation_config_json(vocab: Vocabulary) -> dict[str, Any]:
+    ids = {"bos_token_id": vocab.bos, "eos_token_id": vocab.eos, "pad_token_id": vocab.pad}
+    return {key: value for key, value in ids.items() if value is not None}
+
+
+def _shards(steps: Sequence[TensorStep]) -> dict[str, list[TensorStep]]:
+    groups: list[list[TensorStep]] = [[]]
+    size = 0
+    for step in steps:
+        if groups[-1] and size + step.n_bytes > SHARD_BYTES:
+            groups.append([])
+            size = 0
+        groups[-1].append(step)
+        size += step.n_bytes
+    if len(groups) == 1:
+        return {"model.safetensors": groups[0]}
+    n = len(groups)
+    return {f"model-{i + 1:05d}-of-{n:05d}.safetensors": g for i, g in enumerate(groups)}
+
+
+def _header(steps: Sequence[TensorStep]) -> bytes:
+    """The safetensors header: 8 bytes of length, then JSON padded to a multiple of 8."""
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for step in steps:
+        entries[step.name] = {
+            "dtype": _DTYPES[step.to.name],
+            "shape": list(step.shape),
+            "data_offsets": [offset, offset + step.n_bytes],
+        }
+        offset += step.n_bytes
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _write_json(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

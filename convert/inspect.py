@@ -1,0 +1,109 @@
+"""What is in a checkpoint, and the memory it needs. Headers only: no weights are read."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+from dsq.convert.checkpoint import GgufCheckpoint, HfCheckpoint
+from dsq.convert.spec import ModelSpec
+from dsq.tokenizer_port.vocabulary import TokenType, Vocabulary
+
+N_UBATCH = 512  # llama.cpp's default: tokens that one compute graph holds
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes that a runtime needs at `n_ctx` with an f16 KV cache.
+
+    `compute` is an estimate of llama.cpp's graph buffers with flash attention: the logits and
+    the widest activations of one micro-batch, in float32.
+    """
+
+    n_ctx: int
+    weights: int
+    kv_cache: int
+    compute: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.kv_cache + self.compute
+
+    def to_json(self) -> dict[str, int]:
+        return {
+            "n_ctx": self.n_ctx,
+            "weights_bytes": self.weights,
+            "kv_cache_bytes": self.kv_cache,
+            "compute_bytes": self.compute,
+            "total_bytes": self.total,
+        }
+
+
+def memory_at(spec: ModelSpec, weights: int, n_ctx: int) -> Memory:
+    """See `Memory`. The KV cache is exact: 2 × layers × KV heads × head_dim × n_ctx × 2 bytes."""
+    widest = max(spec.n_vocab, 3 * spec.n_ff + 2 * spec.n_embd)
+    return Memory(
+        n_ctx=n_ctx,
+        weights=weights,
+        kv_cache=int(spec.kv_bytes_per_token() * n_ctx),
+        compute=4 * min(N_UBATCH, n_ctx) * widest,
+    )
+
+
+def inspect_checkpoint(
+    checkpoint: HfCheckpoint | GgufCheckpoint, n_ctx: int | None = None
+) -> dict[str, Any]:
+    """The report of `dsq inspect`, with stable keys. Raises InputError for a damaged file."""
+    spec = checkpoint.spec
+    tensors = checkpoint.tensors.values()
+    n_params = sum(t.n_elements for t in tensors if t.name != "rope_freqs.weight")
+    n_bytes = sum(t.n_bytes for t in tensors)
+    by_type: dict[str, dict[str, int]] = {}
+    for name, count in Counter(t.type.name for t in tensors).items():
+        size = sum(t.n_bytes for t in tensors if t.type.name == name)
+        by_type[name] = {"count": count, "bytes": size}
+    return {
+        "path": str(checkpoint.path),
+        "format": checkpoint.format,
+        "architecture": "llama",
+        "n_params": n_params,
+        "n_layer": spec.n_layer,
+        "n_embd": spec.n_embd,
+        "n_ff": spec.n_ff,
+        "n_head": spec.n_head,
+        "n_head_kv": spec.n_head_kv,
+        "head_dim": spec.head_dim,
+        "n_vocab": spec.n_vocab,
+        "tied_embeddings": spec.tied,
+        "rope": {
+            "freq_base": spec.rope.freq_base,
+            "kind": spec.rope.kind,
+            "factor": spec.rope.factor,
+        },
+        "n_ctx": spec.n_ctx,
+        "tokenizer": describe_tokenizer(checkpoint.vocabulary()),
+        "tensors_by_type": by_type,
+        "size_bytes": n_bytes,
+        "bpw": round(8 * n_bytes / n_params, 4),
+        "memory_at_ctx": memory_at(spec, n_bytes, n_ctx or spec.n_ctx).to_json(),
+    }
+
+
+def describe_tokenizer(vocab: Vocabulary) -> dict[str, Any]:
+    """`n_tokens` counts tokens, not the unused rows behind them."""
+    return {
+        "kind": "bpe",
+        "pre": vocab.pre,
+        "n_tokens": sum(t != TokenType.UNUSED for t in vocab.types),
+        "bos": vocab.bos,
+        "eos": vocab.eos,
+        "eot": vocab.eot,
+        "fim": {
+            "prefix": vocab.fim_prefix,
+            "suffix": vocab.fim_suffix,
+            "middle": vocab.fim_middle,
+        },
+        "add_bos": vocab.add_bos,
+        "chat_template": bool(vocab.chat_template),
+    }

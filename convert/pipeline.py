@@ -1,0 +1,194 @@
+"""Carrying a plan out: source tensors → jobs → slabs → artifact."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dsq.convert.atomic import check_target
+from dsq.convert.checkpoint import GgufCheckpoint, HfCheckpoint
+from dsq.convert.gguf.metadata import (
+    QUANTIZATION_VERSION,
+    STRING,
+    U32,
+    KeyValue,
+    copied_entries,
+    model_entries,
+    vocabulary_entries,
+)
+from dsq.convert.gguf.writer import GgufLayout, OutTensor, gguf_layout, shard_paths, write_gguf
+from dsq.convert.imatrix import Imatrix
+from dsq.convert.tensor_plan import (
+    TensorStep,
+    interleaved_rows,
+    plan_from_gguf,
+    plan_from_hf,
+    row_weights,
+)
+from dsq.errors import InputError
+from dsq.quant.plan import Options
+from dsq.quant.presets import Preset
+from dsq.quant.scheme import F32
+from dsq.quant.stream import Job, quantize_stream
+
+Progress = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class GgufPlan:
+    """All that is decided before anything is written."""
+
+    preset: Preset
+    steps: tuple[TensorStep, ...]
+    layout: GgufLayout
+    imatrix: Imatrix | None
+
+    @property
+    def n_params(self) -> int:
+        return sum(int(np.prod(s.shape)) for s in self.steps if s.source)
+
+    @property
+    def bpw(self) -> float:
+        return 8 * sum(s.n_bytes for s in self.steps) / self.n_params
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "type": self.preset.name,
+            "n_params": self.n_params,
+            "size_bytes": self.layout.data_bytes,
+            "bpw": round(self.bpw, 4),
+            "shards": len(self.layout.shards),
+            "tensors_by_type": dict(Counter(s.to.name for s in self.steps)),
+            "tensors": [s.to_json() for s in self.steps],
+        }
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """What was written."""
+
+    paths: tuple[Path, ...]
+    size_bytes: int
+    seconds: float
+
+
+def plan_gguf(
+    checkpoint: HfCheckpoint | GgufCheckpoint,
+    preset: Preset,
+    *,
+    options: Options | None = None,
+    imatrix: Imatrix | None = None,
+    allow_requantize: bool = False,
+    split_max_bytes: int | None = None,
+    pre: str | None = None,
+) -> GgufPlan:
+    """Decide every tensor and every key of the GGUF that `preset` makes of `checkpoint`."""
+    spec = checkpoint.spec
+    if isinstance(checkpoint, HfCheckpoint):
+        steps = plan_from_hf(spec, checkpoint.tensors, preset, options, imatrix)
+        n_params = sum(t.n_elements for t in checkpoint.tensors.values())
+        entries = model_entries(
+            spec, name=model_name(checkpoint.path), n_params=n_params, file_type=preset.ftype
+        ) + vocabulary_entries(checkpoint.vocabulary(pre=pre))
+    else:
+        gguf = checkpoint.gguf
+        steps = plan_from_gguf(
+            spec, checkpoint.tensors, preset, options, imatrix, allow_requantize=allow_requantize
+        )
+        entries = copied_entries(
+            gguf.metadata,
+            gguf.metadata_types,
+            [
+                KeyValue("general.quantization_version", QUANTIZATION_VERSION, U32),
+                KeyValue("general.file_type", preset.ftype, U32),
+            ],
+        )
+    if imatrix:
+        entries += _imatrix_entries(imatrix)
+    tensors = [OutTensor(s.name, s.shape, s.to, s.n_bytes) for s in steps]
+    return GgufPlan(preset, steps, gguf_layout(entries, tensors, split_max_bytes), imatrix)
+
+
+def _imatrix_entries(imatrix: Imatrix) -> list[KeyValue]:
+    entries = [KeyValue("quantize.imatrix.file", str(imatrix.path), STRING)]
+    if imatrix.datasets:
+        entries.append(KeyValue("quantize.imatrix.dataset", imatrix.datasets[0], STRING))
+    entries.append(KeyValue("quantize.imatrix.entries_count", len(imatrix.values), U32))
+    if imatrix.n_chunks > 0:
+        entries.append(KeyValue("quantize.imatrix.chunks_count", imatrix.n_chunks, U32))
+    return entries
+
+
+def run_gguf_plan(
+    checkpoint: HfCheckpoint | GgufCheckpoint,
+    plan: GgufPlan,
+    out: Path,
+    *,
+    force: bool = False,
+    threads: int | None = None,
+    allow_nonfinite: bool = False,
+    progress: Progress = lambda n: None,
+) -> Artifact:
+    """Write the artifact. Raises InputError for bad weights or a bad target."""
+    start = time.perf_counter()
+    sources = {p.resolve() for p in source_files(checkpoint)}
+    for path in shard_paths(out, len(plan.layout.shards)):
+        if path.resolve() in sources:
+            raise InputError(f"{path} is the source itself; give another -o")
+        check_target(path, force=force, n_bytes=plan.layout.data_bytes)
+    slabs = quantize_stream(
+        gguf_jobs(checkpoint, plan.steps, plan.imatrix),
+        threads=threads or default_threads(),
+        allow_nonfinite=allow_nonfinite,
+    )
+    paths = write_gguf(out, plan.layout, slabs, progress)
+    return Artifact(
+        tuple(paths), sum(p.stat().st_size for p in paths), time.perf_counter() - start
+    )
+
+
+def gguf_jobs(
+    checkpoint: HfCheckpoint | GgufCheckpoint,
+    steps: Sequence[TensorStep],
+    imatrix: Imatrix | None = None,
+) -> Iterator[Job]:
+    """One job a step, opened only when its turn comes."""
+    for step in steps:
+        if step.source is None:
+            factors = checkpoint.spec.rope.freq_factors(checkpoint.spec.head_dim)
+            raw = factors.astype(np.float32).view(np.uint8).reshape(1, -1)
+            yield Job(step.name, raw, F32, F32, step.shape[-1])
+            continue
+        data = checkpoint.data(step.source.name)
+        # The values of a permuted bias move one by one: each is a row of its own.
+        n_per_row = 1 if step.heads and len(step.shape) == 1 else step.source.n_per_row
+        raw = data.reshape(-1, step.stored.row_bytes(n_per_row))
+        order = interleaved_rows(len(raw), step.heads) if step.heads else None
+        yield Job(
+            step.name, raw, step.stored, step.to, n_per_row, order, row_weights(step, imatrix)
+        )
+
+
+def source_files(checkpoint: HfCheckpoint | GgufCheckpoint) -> set[Path]:
+    return {t.path for t in checkpoint.tensors.values()}
+
+
+def model_name(path: Path) -> str:
+    """`general.name`: the directory's name, as llama.cpp's converter takes it."""
+    return path.resolve().name or "model"
+
+
+def default_threads() -> int:
+    """The cores that this process may use (a container may have fewer than the machine)."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+

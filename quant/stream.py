@@ -1,0 +1,176 @@
+"""A stream of quantized slabs: rows in, ggml blocks out, all cores busy, memory bounded.
+
+Each tensor is cut into slabs (what is written at once) and slabs into chunks (what one thread
+converts at a time: small enough to stay in its cache between unpacking, checking and quantizing).
+While the consumer writes one slab, the threads work on the next ones, across tensor borders.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from dsq.errors import InputError
+from dsq.quant import ggml
+from dsq.quant.scheme import GgmlType
+
+CHUNK_VALUES = 1 << 17  # 512 KiB of float32
+SLAB_BYTES = 32 << 20
+SLABS_AHEAD = 3
+
+
+@dataclass(frozen=True)
+class Job:
+    """One tensor to convert.
+
+    `raw` is (n_rows, stored row bytes) uint8, usually a view of a mapped file; `order`, when
+    given, is the source row of each output row. `noise` is a block-step dither (see `dither`).
+    """
+
+    name: str
+    raw: npt.NDArray[np.uint8]
+    stored: GgmlType
+    to: GgmlType
+    n_per_row: int
+    order: npt.NDArray[np.intp] | None = None
+    imatrix: npt.NDArray[np.float32] | None = None
+    noise: Dither | None = None
+
+    @property
+    def is_copy(self) -> bool:
+        return self.stored is self.to and self.noise is None
+
+
+@dataclass(frozen=True)
+class Dither:
+    """Seeded normal noise, `strength` of each block's step `d`, for weights that sit on a grid.
+
+    A model that was quantized before lies exactly on its old grid, so requantizing it to as many
+    bits would show too little drift. Only types whose block starts with an f16 `d` have a step.
+    """
+
+    strength: float
+    seed: int
+
+    TYPES = ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0")
+
+    def add(
+        self, values: npt.NDArray[np.float32], raw: npt.NDArray[np.uint8], stored: GgmlType, key: int
+    ) -> None:
+        if stored.name not in self.TYPES:
+            return
+        blocks = raw.reshape(-1, stored.block_bytes)
+        step = np.abs(blocks[:, :2].copy().view(np.float16).astype(np.float32))
+        noise = np.random.default_rng((self.seed, key)).standard_normal(
+            (len(blocks), stored.block_size), dtype=np.float32
+        )
+        values.reshape(-1, stored.block_size)[:] += self.strength * step * noise
+
+
+@dataclass(frozen=True)
+class Slab:
+    """Consecutive output rows of `job`; `data` is theirs alone, uint8, ready to be written."""
+
+    job: Job
+    data: npt.NDArray[np.uint8]
+    last: bool
+
+
+def quantize_stream(
+    jobs: Iterable[Job], *, threads: int, allow_nonfinite: bool = False
+) -> Iterator[Slab]:
+    """Convert `jobs` in order. Peak memory is about `SLABS_AHEAD` slabs and a chunk a thread.
+
+    Raises InputError naming the tensor and the count when a weight is NaN or Inf, unless
+    `allow_nonfinite`.
+    """
+    local = threading.local()
+    pending: deque[tuple[Job, npt.NDArray[np.uint8], bool, list[Future[int]]]] = deque()
+    bad: dict[str, int] = {}
+
+    def finish() -> Slab:
+        job, data, last, futures = pending.popleft()
+        bad[job.name] = bad.get(job.name, 0) + sum(f.result() for f in futures)
+        if last and bad[job.name] and not allow_nonfinite:
+            raise InputError(
+                f"{job.name}: {bad[job.name]} weights are NaN or Inf; the checkpoint is damaged "
+                f"(--allow-nonfinite converts it all the same)"
+            )
+        return Slab(job, data, last)
+
+    with ThreadPoolExecutor(threads, thread_name_prefix="dsq-quantize") as pool:
+        try:
+            for job in jobs:
+                ggml.library().ggml_quantize_init(job.to.id)
+                for start, stop in _slabs(job):
+                    out, futures = _submit(pool, job, start, stop, local)
+                    pending.append((job, out, stop == len(job.raw), futures))
+                    while len(pending) > SLABS_AHEAD:
+                        yield finish()
+            while pending:
+                yield finish()
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _slabs(job: Job) -> Iterator[tuple[int, int]]:
+    rows = max(1, SLAB_BYTES // job.to.row_bytes(job.n_per_row))
+    for start in range(0, len(job.raw), rows):
+        yield start, min(start + rows, len(job.raw))
+
+
+def _submit(
+    pool: ThreadPoolExecutor, job: Job, start: int, stop: int, local: Any
+) -> tuple[npt.NDArray[np.uint8], list[Future[int]]]:
+    if job.is_copy and job.order is None:
+        out = job.raw[start:stop]
+    else:
+        out = np.empty((stop - start, job.to.row_bytes(job.n_per_row)), dtype=np.uint8)
+    rows = max(1, CHUNK_VALUES // job.n_per_row)
+    return out, [
+        pool.submit(_convert, job, a, min(a + rows, stop), out[a - start : a - start + rows], local)
+        for a in range(start, stop, rows)
+    ]
+
+
+def _convert(job: Job, start: int, stop: int, out: npt.NDArray[np.uint8], local: Any) -> int:
+    """Convert rows [start, stop) into `out`; returns how many weights are not finite."""
+    raw = job.raw[start:stop] if job.order is None else job.raw[job.order[start:stop]]
+    if job.is_copy:
+        if job.order is not None:
+            out[:] = raw
+        if ggml.is_valid(raw, job.stored):
+            return 0
+        return _count_nonfinite(ggml.dequantize(raw, job.stored, job.n_per_row))
+    size = (stop - start) * job.n_per_row
+    scratch = getattr(local, "scratch", None)
+    if scratch is None or scratch.size < size:
+        scratch = local.scratch = np.empty(size, dtype=np.float32)
+    values = scratch[:size].reshape(stop - start, job.n_per_row)
+    ggml.dequantize_into(np.ascontiguousarray(raw).reshape(-1), job.stored, values)
+    if job.noise is not None:
+        job.noise.add(values, raw, job.stored, _key(job.name, start))
+    bad = _count_nonfinite(values)
+    ggml.quantize_into(values, job.to, out, job.imatrix)
+    return bad
+
+
+def _count_nonfinite(values: npt.NDArray[np.float32]) -> int:
+    # One sum is much cheaper than a mask, and is finite whenever all weights are, short of
+    # overflow; only a sum that is not finite is looked at closely.
+    with np.errstate(over="ignore", invalid="ignore"):
+        total = values.sum()
+    return 0 if np.isfinite(total) else int(np.count_nonzero(~np.isfinite(values)))
+
+
+def _key(name: str, row: int) -> int:
+    return int.from_bytes(f"{name}:{row}".encode(), "little")
+
+
