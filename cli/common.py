@@ -44,6 +44,8 @@ def local_model(source: str | None, args: argparse.Namespace) -> Path:
     """The path of SRC: as given, from the hub, or the one model in the current folder."""
     if source is None:
         return only_model(Path())
+    if Path(source).exists():
+        return Path(source)
     from dsq.convert.hub import resolve
 
     return resolve(source, revision=args.revision, offline=args.offline)

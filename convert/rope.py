@@ -46,9 +46,21 @@ class Rope:
             raise InputError(f"rope_theta is {self.freq_base}; it must be a positive number")
         if not (math.isfinite(self.factor) and self.factor > 0):
             raise InputError(f"RoPE factor is {self.factor}; it must be a positive number")
-        if self.kind in ("llama3", "yarn") and not self.n_ctx_orig:
+        if self.kind in ("llama3", "yarn") and (self.n_ctx_orig or 0) <= 0:
             raise InputError(
                 f"RoPE kind {self.kind!r} needs original_max_position_embeddings in the config"
+            )
+        if self.kind == "yarn" and not (
+            self.freq_base > 1 and min(self.beta_fast, self.beta_slow) > 0
+        ):
+            raise InputError(
+                f"yarn needs rope_theta above 1 and positive beta_fast and beta_slow; they are "
+                f"{self.freq_base}, {self.beta_fast} and {self.beta_slow}"
+            )
+        if self.kind == "llama3" and not 0 < self.low_freq_factor < self.high_freq_factor:
+            raise InputError(
+                f"RoPE low_freq_factor is {self.low_freq_factor} and high_freq_factor "
+                f"{self.high_freq_factor}; the high one must be larger, and both positive"
             )
 
     def inv_freq(self, head_dim: int) -> tuple[npt.NDArray[np.float64], float]:
@@ -93,7 +105,9 @@ class Rope:
         ramp = np.clip(
             (np.arange(head_dim // 2, dtype=np.float64) - low) / max(high - low, 0.001), 0, 1
         )
-        scale = self.attention_factor or 0.1 * math.log(self.factor) + 1.0
+        scale = self.attention_factor
+        if scale is None:
+            scale = _yarn_attention(self.factor)
         return base / self.factor * ramp + base * (1 - ramp), scale
 
     def to_config(self) -> dict[str, Any]:
@@ -135,6 +149,7 @@ def rope_from_config(config: Mapping[str, Any]) -> Rope:
     two spellings contradict each other: guessing would lose the factor.
     """
     found: list[tuple[str, Rope]] = []
+    _refuse_partial("partial_rotary_factor", config)
     parameters = config.get("rope_parameters")
     theta = config.get("rope_theta")
     if theta is None and isinstance(parameters, Mapping):
@@ -159,24 +174,27 @@ def rope_from_config(config: Mapping[str, Any]) -> Rope:
 def _one_spelling(
     key: str, scaling: Mapping[str, Any], config: Mapping[str, Any], theta: Any
 ) -> Rope:
-    kinds = {scaling[k] for k in ("type", "rope_type") if scaling.get(k) is not None}
+    kinds = {str(scaling[k]) for k in ("type", "rope_type") if scaling.get(k) is not None}
     if len(kinds) > 1:
         raise InputError(f"config.json: {key} has type and rope_type that differ: {sorted(kinds)}")
     if not kinds:
         if "factor" in scaling:
-            raise InputError(f"config.json: {key} has a factor but no type; add \"type\"")
+            raise InputError(f'config.json: {key} has a factor but no type; add "type"')
         kinds = {"default"}
-    name = str(kinds.pop()).lower()
+    name = kinds.pop().lower()
     kind = _KINDS.get(name)
     if kind is None:
         raise UnsupportedError(
             f"config.json: {key} type {name!r} is not supported "
             f"(supported: none, linear, llama3, yarn)"
         )
-    if scaling.get("partial_rotary_factor") not in (None, 1, 1.0):
-        raise UnsupportedError(f"config.json: {key}.partial_rotary_factor is not supported")
+    _refuse_partial(f"{key}.partial_rotary_factor", scaling)
+    for entry, value in scaling.items():
+        # transformers 5 nests one description a layer type; what is in there would be lost
+        if isinstance(value, Mapping):
+            raise UnsupportedError(f"config.json: {key}.{entry} is an object: not supported")
     own = scaling.get("rope_theta")
-    if own is not None and theta is not None and float(own) != float(theta):
+    if own is not None and theta is not None and own != theta:
         raise InputError(f"config.json: rope_theta is {theta} but {key}.rope_theta is {own}")
     base = own if own is not None else theta if theta is not None else 10000.0
     if kind == "none":
@@ -188,15 +206,25 @@ def _one_spelling(
         orig = config.get("original_max_position_embeddings") or config.get(
             "max_position_embeddings"
         )
+    if kind == "yarn":
+        for entry in ("mscale", "mscale_all_dim", "extrapolation_factor"):
+            if scaling.get(entry) is not None:
+                raise UnsupportedError(f"config.json: {key}.{entry} is not supported")
+        if not scaling.get("truncate", True):
+            raise UnsupportedError(f"config.json: {key}.truncate false is not supported")
     attention = scaling.get("attention_factor", scaling.get("attn_factor"))
     return Rope(
         freq_base=_number("rope_theta", base),
         kind=kind,
         factor=_number(f"{key}.factor", scaling["factor"]),
-        n_ctx_orig=None if orig is None or kind == "linear" else int(orig),
+        n_ctx_orig=None
+        if orig is None or kind == "linear"
+        else int(_number(f"{key}.original_max_position_embeddings", orig)),
         low_freq_factor=_number(f"{key}.low_freq_factor", scaling.get("low_freq_factor", 1.0)),
         high_freq_factor=_number(f"{key}.high_freq_factor", scaling.get("high_freq_factor", 4.0)),
-        attention_factor=None if attention is None else float(attention),
+        attention_factor=None
+        if attention is None
+        else _number(f"{key}.attention_factor", attention),
         beta_fast=_number(f"{key}.beta_fast", scaling.get("beta_fast") or 32.0),
         beta_slow=_number(f"{key}.beta_slow", scaling.get("beta_slow") or 1.0),
     )
@@ -205,7 +233,19 @@ def _one_spelling(
 def _number(key: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise InputError(f"config.json: {key} is {value!r}; expected a number")
+    if not abs(value) < 1e300:  # JSON can spell infinity as 1e999, and integers of 4000 digits
+        raise InputError(f"config.json: {key} is too large a number")
     return float(value)
+
+
+def _refuse_partial(key: str, config: Mapping[str, Any]) -> None:
+    if config.get("partial_rotary_factor") not in (None, 1, 1.0):
+        raise UnsupportedError(f"config.json: {key} is not supported")
+
+
+def _yarn_attention(factor: float) -> float:
+    """The cos/sin multiplier that YaRN infers from its factor (the paper's 1/sqrt(t))."""
+    return 0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
 def rope_from_gguf(
@@ -216,38 +256,56 @@ def rope_from_gguf(
     head_dim: int = 0,
 ) -> Rope:
     """The RoPE of a GGUF's metadata; `freq_factors` is its rope_freqs.weight, if it has one."""
-    base = float(metadata.get(f"{arch}.rope.freq_base", 10000.0))
-    name = str(metadata.get(f"{arch}.rope.scaling.type", ""))
-    if not name:  # files from before 2023-11 carry the factor alone
-        old = float(metadata.get(f"{arch}.rope.scale_linear", 1.0))
-        if old not in (0.0, 1.0):
-            return Rope(freq_base=base, kind="linear", factor=old)
-        # llama.cpp reads a factor without a type as linear
-        name = "linear" if f"{arch}.rope.scaling.factor" in metadata else "none"
-    kind = _KINDS.get(name)
+    prefix = f"{arch}.rope.scaling"
+    base = _gguf_number(metadata, f"{arch}.rope.freq_base", 10000.0)
+    # As llama.cpp: a factor without a type is linear (files from before 2023-11 carry
+    # `scale_linear` alone), and 0 means no factor.
+    old = _gguf_number(metadata, f"{arch}.rope.scale_linear", 0.0)
+    factor = _gguf_number(metadata, f"{prefix}.factor", old) or 1.0
+    name = metadata.get(f"{prefix}.type", "linear")
+    kind = _KINDS.get(name) if isinstance(name, str) else None
     if kind is None or kind == "llama3":
-        raise UnsupportedError(f"{arch}.rope.scaling.type is {name!r}, which is not supported")
-    if freq_factors is not None:
+        raise UnsupportedError(
+            f"{prefix}.type is {name!r}, which is not supported (supported: none, linear, yarn)"
+        )
+    if kind == "linear" and factor == 1.0:
+        kind = "none"
+    if freq_factors is not None and not np.all(freq_factors == 1):
+        if kind != "none":
+            raise UnsupportedError(f"rope_freqs.weight beside {prefix}.type {name!r}: unsupported")
         return _llama3_from_factors(base, freq_factors, head_dim)
     if kind == "none":
         return Rope(freq_base=base)
-    scaling = f"{arch}.rope.scaling"
-    orig = metadata.get(f"{scaling}.original_context_length")
-    attention = metadata.get(f"{scaling}.yarn_attn_factor", metadata.get(f"{scaling}.attn_factor"))
+    if kind == "linear":
+        return Rope(freq_base=base, kind=kind, factor=factor)
+    # llama.cpp's converter writes the config's attention_factor as yarn_attn_factor;
+    # attn_factor, which llama.cpp multiplies by, comes on top of what YaRN infers.
+    attention: float | None = None
+    if f"{prefix}.yarn_attn_factor" in metadata:
+        attention = _gguf_number(metadata, f"{prefix}.yarn_attn_factor", 0.0)
+    elif f"{prefix}.attn_factor" in metadata:
+        on_top = _gguf_number(metadata, f"{prefix}.attn_factor", 1.0)
+        attention = on_top * _yarn_attention(factor)
+    context = _gguf_number(metadata, f"{arch}.context_length", 0.0)
     return Rope(
         freq_base=base,
         kind=kind,
-        factor=float(metadata.get(f"{scaling}.factor", 1.0)),
-        n_ctx_orig=None if orig is None or kind == "linear" else int(orig),
-        attention_factor=None if attention is None else float(attention),
-        beta_fast=float(metadata.get(f"{scaling}.yarn_beta_fast", 32.0)),
-        beta_slow=float(metadata.get(f"{scaling}.yarn_beta_slow", 1.0)),
+        factor=factor,
+        n_ctx_orig=int(_gguf_number(metadata, f"{prefix}.original_context_length", context)),
+        attention_factor=attention,
+        beta_fast=_gguf_number(metadata, f"{prefix}.yarn_beta_fast", 32.0),
+        beta_slow=_gguf_number(metadata, f"{prefix}.yarn_beta_slow", 1.0),
     )
 
 
-def _llama3_from_factors(
-    base: float, factors: npt.NDArray[np.float32], head_dim: int
-) -> Rope:
+def _gguf_number(metadata: Mapping[str, Any], key: str, default: float) -> float:
+    value = metadata.get(key, default)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise InputError(f"{key} is {value!r}; expected a number")
+    return float(value)
+
+
+def _llama3_from_factors(base: float, factors: npt.NDArray[np.float32], head_dim: int) -> Rope:
     """The llama3 scaling whose frequency divisors are `factors`: GGUF keeps only those.
 
     Tries the settings that published models use; anything else cannot be named in a config.

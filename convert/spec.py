@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -35,7 +36,8 @@ class ModelSpec:
     pad_id: int | None = None
 
     def __post_init__(self) -> None:
-        for key in ("n_layer", "n_embd", "n_ff", "n_head", "n_head_kv", "head_dim", "n_vocab"):
+        sizes = ("n_layer", "n_embd", "n_ff", "n_head", "n_head_kv", "head_dim", "n_vocab", "n_ctx")
+        for key in sizes:
             if getattr(self, key) <= 0:
                 raise InputError(f"{key} is {getattr(self, key)}; it must be positive")
         if self.n_head % self.n_head_kv:
@@ -44,6 +46,8 @@ class ModelSpec:
             )
         if self.head_dim % 2:
             raise InputError(f"head_dim is {self.head_dim}; RoPE needs an even number")
+        if not (math.isfinite(self.rms_eps) and self.rms_eps >= 0):
+            raise InputError(f"rms_norm_eps is {self.rms_eps}; it must be a small positive number")
 
     @property
     def n_gqa(self) -> int:
@@ -59,9 +63,9 @@ def spec_from_config(
 ) -> ModelSpec:
     """Read a Hugging Face config.json. Raises UnsupportedError naming what dsq cannot do."""
     architectures = config.get("architectures") or [ARCHITECTURE]
-    if list(architectures) != [ARCHITECTURE]:
+    if architectures != [ARCHITECTURE]:
         raise UnsupportedError(
-            f"config.json: architecture {', '.join(map(str, architectures))} is not supported "
+            f"config.json: architectures {architectures!r} is not supported "
             f"(supported: {ARCHITECTURE})"
         )
     if config.get("model_type", "llama") != "llama":
@@ -73,15 +77,17 @@ def spec_from_config(
             f"config.json: hidden_act {config['hidden_act']!r} is not supported (supported: silu)"
         )
     if config.get("quantization_config"):
-        method = config["quantization_config"].get("quant_method", "unknown")
+        quantization = config["quantization_config"]
+        known = isinstance(quantization, Mapping)
+        method = quantization.get("quant_method", "unknown") if known else "unknown"
         raise UnsupportedError(
             f"config.json: the checkpoint is quantized already ({method}); "
             f"give the unquantized checkpoint"
         )
     n_head = _int(config, "num_attention_heads")
     n_embd = _int(config, "hidden_size")
-    head_dim = config.get("head_dim")
-    if head_dim is None:
+    head_dim = _int(config, "head_dim", 0)
+    if not head_dim:
         if n_head and n_embd % n_head:
             raise InputError(
                 f"config.json: hidden_size {n_embd} does not divide by "
@@ -96,17 +102,21 @@ def spec_from_config(
         n_ff=_int(config, "intermediate_size"),
         n_head=n_head,
         n_head_kv=_int(config, "num_key_value_heads", n_head),
-        head_dim=int(head_dim),
+        head_dim=head_dim,
         n_vocab=_int(config, "vocab_size"),
         n_ctx=_int(config, "max_position_embeddings", 2048),
-        rms_eps=float(config.get("rms_norm_eps", 1e-6)),
+        rms_eps=_float(config, "rms_norm_eps", 1e-6),
         rope=rope_from_config(config),
         tied=bool(config.get("tie_word_embeddings", False)),
         attention_bias=bool(config.get("attention_bias", False)),
         mlp_bias=bool(config.get("mlp_bias", False)),
         dtype=str(config.get("torch_dtype") or config.get("dtype") or "bfloat16"),
         bos_id=_id(generation.get("bos_token_id", config.get("bos_token_id"))),
-        eos_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (int(eos),),
+        eos_ids=tuple(
+            id
+            for item in (eos if isinstance(eos, list) else [eos])
+            if (id := _id(item)) is not None
+        ),
         pad_id=_id(generation.get("pad_token_id", config.get("pad_token_id"))),
     )
 
@@ -120,6 +130,15 @@ def _int(config: Mapping[str, Any], key: str, default: int | None = None) -> int
     if isinstance(value, bool) or not isinstance(value, int):
         raise InputError(f"config.json: {key} is {value!r}; expected an integer")
     return value
+
+
+def _float(config: Mapping[str, Any], key: str, default: float) -> float:
+    value = config.get(key, default)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise InputError(f"config.json: {key} is {value!r}; expected a number")
+    if not abs(value) < 1e300:  # JSON can spell infinity as 1e999, and integers of 4000 digits
+        raise InputError(f"config.json: {key} is too large a number")
+    return float(value)
 
 
 def _id(value: Any) -> int | None:

@@ -71,11 +71,10 @@ class Drift:
 
 
 class Accumulator:
-    """Adds up predictions, a block of rows at a time. `workers` threads share each block."""
+    """Adds up predictions, some rows at a time; the pool's threads, if given, share the work."""
 
-    def __init__(self, workers: int = 1) -> None:
-        self._workers = workers
-        self._pool = ThreadPoolExecutor(workers) if workers > 1 else None
+    def __init__(self, pool: ThreadPoolExecutor | None = None) -> None:
+        self._pool = pool
         self._nll: list[Doubles] = []
         self._ref_nll: list[Doubles] = []
         self._kld: list[Doubles] = []
@@ -95,9 +94,7 @@ class Accumulator:
         n = len(targets)
         if logits.shape[0] != n or (ref is not None and len(ref) != n):
             raise ValueError("logits, targets and ref need as many rows as each other")
-        if ref is not None and (ref.codes if isinstance(ref, PackedRows) else ref).shape[
-            1
-        ] != logits.shape[1]:
+        if ref is not None and _width(ref) != logits.shape[1]:
             raise ValueError("logits and ref need the same vocabulary")
         if bool(self._nll) and bool(self._kld) != (ref is not None):
             raise ValueError("either every block has a reference or none has")
@@ -155,11 +152,6 @@ class Accumulator:
             rms_dp=100 * math.sqrt(float(np.mean(dp * dp))),
         )
 
-    def close(self) -> None:
-        if self._pool is not None:
-            self._pool.shutdown()
-            self._pool = None
-
     @property
     def ppl(self) -> float:
         """Perplexity so far, for progress lines; nan before the first token."""
@@ -208,6 +200,10 @@ def for_blocks(
     else:
         for _ in pool.map(work, blocks):
             pass
+
+
+def _width(ref: PackedRows | Floats) -> int:
+    return int((ref.codes if isinstance(ref, PackedRows) else ref).shape[1])
 
 
 def _shift(

@@ -1,0 +1,245 @@
+"""Checkpoint: a model's weights, shapes and vocabulary, whatever file they lie in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from dsq.convert.gguf.reader import GgufFile, read_gguf
+from dsq.convert.gguf.spec import ROPE_FREQS, spec_from_gguf
+from dsq.convert.json_file import read_object, shown
+from dsq.convert.names import expected_tensors, gguf_name, hf_name
+from dsq.convert.spec import ModelSpec, spec_from_config
+from dsq.convert.tensors import TensorInfo
+from dsq.convert.weight_files import Weights, has_weights, open_weights
+from dsq.errors import InputError
+
+if TYPE_CHECKING:
+    from dsq.tokenizer_port.vocabulary import Vocabulary
+
+_COMPARE_BYTES = 1 << 24
+
+
+class Checkpoint(Protocol):
+    """A model that can be read. `tensors` has the file's own names; `data` copies nothing."""
+
+    @property
+    def path(self) -> Path: ...
+
+    @property
+    def format(self) -> Literal["hf", "gguf"]: ...
+
+    @property
+    def spec(self) -> ModelSpec: ...
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]: ...
+
+    def data(self, name: str) -> npt.NDArray[np.uint8]:
+        """The tensor's bytes as stored, shape (n_bytes,)."""
+
+    def vocabulary(self, *, pre: str | None = None) -> Vocabulary:
+        """The tokenizer; `pre` overrides the pre-tokenizer's name."""
+
+
+@dataclass(frozen=True, eq=False)
+class HfCheckpoint:
+    """A Hugging Face directory. `tensors` is complete and checked against `spec`."""
+
+    path: Path
+    spec: ModelSpec
+    tensors: Mapping[str, TensorInfo]
+    config: dict[str, Any]
+    generation_config: dict[str, Any]
+    weights: Weights
+    format: Literal["hf"] = "hf"
+
+    def data(self, name: str) -> npt.NDArray[np.uint8]:
+        return self.weights.read(_tensor(self, name))
+
+    def vocabulary(self, *, pre: str | None = None) -> Vocabulary:
+        from dsq.tokenizer_port.load import load_hf
+
+        return load_hf(
+            self.path,
+            self.spec.n_vocab,
+            pre=pre,
+            config=self.config,
+            generation_config=self.generation_config,
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class GgufCheckpoint:
+    """A GGUF model. `tensors` is complete and checked against `spec`; Q and K rows are permuted."""
+
+    path: Path
+    spec: ModelSpec
+    gguf: GgufFile
+    format: Literal["gguf"] = "gguf"
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        return self.gguf.tensors
+
+    def data(self, name: str) -> npt.NDArray[np.uint8]:
+        return self.gguf.data(name)
+
+    def vocabulary(self, *, pre: str | None = None) -> Vocabulary:
+        from dsq.tokenizer_port.load import vocabulary_from_gguf
+
+        return vocabulary_from_gguf(self.gguf.metadata, pre=pre)
+
+
+def open_checkpoint(source: str | Path) -> HfCheckpoint | GgufCheckpoint:
+    """Open a Hugging Face directory, a GGUF file, or a directory with one GGUF model.
+
+    Reads headers only, and checks every tensor's name and shape. Hub ids: `hub.resolve` first.
+    """
+    path = Path(source)
+    if path.is_file():
+        if path.suffix == ".gguf" or _magic(path) == b"GGUF":
+            return _open_gguf(path)
+        raise InputError(f"{path}: neither a directory nor a .gguf file")
+    if not path.is_dir():
+        raise InputError(f"{path}: there is no such file or directory")
+    if (path / "config.json").is_file() and has_weights(path):
+        return _open_hf(path)
+    ggufs = _gguf_models(path)
+    if len(ggufs) == 1:
+        return _open_gguf(ggufs[0])
+    if ggufs:
+        names = ", ".join(p.name for p in ggufs)
+        raise InputError(f"{path}: holds {len(ggufs)} GGUF models; give one of them: {names}")
+    return _open_hf(path)  # fails, and says what is missing
+
+
+def _magic(path: Path) -> bytes:
+    try:
+        with open(path, "rb") as file:
+            return file.read(4)
+    except OSError as error:
+        raise InputError(f"{path}: cannot read the file: {error.strerror or error}") from error
+
+
+def _gguf_models(directory: Path) -> list[Path]:
+    """GGUF files, a split model's first shard standing for all of it."""
+    return sorted(
+        path
+        for path in directory.glob("*.gguf")
+        if "-of-" not in path.name or "-00001-of-" in path.name
+    )
+
+
+def _open_gguf(path: Path) -> GgufCheckpoint:
+    gguf = read_gguf(path)
+    spec = spec_from_gguf(gguf)
+    named: dict[str, TensorInfo] = {}
+    for name, info in gguf.tensors.items():
+        if name != ROPE_FREQS:
+            try:
+                named[hf_name(name)] = info
+            except InputError as error:
+                raise InputError(f"{path}: {error}") from None
+    _check_tensors(path, spec, named, gguf_name)
+    return GgufCheckpoint(path, spec, gguf)
+
+
+def _open_hf(path: Path) -> HfCheckpoint:
+    if not (path / "config.json").is_file():
+        raise InputError(f"{path}: config.json is missing; give a complete model directory")
+    config = read_object(path / "config.json")
+    generation = path / "generation_config.json"
+    generation_config = read_object(generation) if generation.is_file() else {}
+    try:
+        spec = spec_from_config(config, generation_config)
+    except InputError as error:
+        raise type(error)(f"{path}: {error}") from error
+    weights = open_weights(path)
+    tensors = dict(weights.tensors)
+    if spec.tied and "lm_head.weight" in tensors:
+        _check_tied(path, tensors, weights)
+        del tensors["lm_head.weight"]
+    _check_tensors(path, spec, tensors)
+    return HfCheckpoint(path, spec, tensors, config, generation_config, weights)
+
+
+def _check_tied(path: Path, tensors: Mapping[str, TensorInfo], weights: Weights) -> None:
+    """Refuse a tied model whose two matrices differ.
+
+    transformers 4 ties them and forgets lm_head, transformers 5 keeps both: no way to be right.
+    """
+    pair = [tensors.get(name) for name in ("model.embed_tokens.weight", "lm_head.weight")]
+    embedding, head = pair
+    if embedding is None or head is None:
+        return  # the missing one is reported with all others
+    if embedding.type is head.type and embedding.shape == head.shape:
+        a, b = weights.read(embedding), weights.read(head)
+        # .bin files hold both names of one storage
+        if a.ctypes.data == b.ctypes.data or _equal(a, b):
+            return
+    raise InputError(
+        f"{path}: config.json says tie_word_embeddings, but lm_head.weight differs from "
+        f"model.embed_tokens.weight; set tie_word_embeddings to false if lm_head.weight is meant"
+    )
+
+
+def _equal(a: npt.NDArray[np.uint8], b: npt.NDArray[np.uint8]) -> bool:
+    return all(
+        np.array_equal(a[i : i + _COMPARE_BYTES], b[i : i + _COMPARE_BYTES])
+        for i in range(0, a.size, _COMPARE_BYTES)
+    )
+
+
+def _check_tensors(
+    path: Path,
+    spec: ModelSpec,
+    tensors: Mapping[str, TensorInfo],
+    in_file: Callable[[str], str] = str,
+) -> None:
+    """Every tensor that `spec` asks for is there with its shape, and no other.
+
+    `tensors` has Hugging Face names; `in_file` turns one into the file's own, for messages.
+    """
+    n_layer = _count_layers(tensors)
+    if n_layer != spec.n_layer:  # also keeps a claim of 10^9 layers from being listed
+        raise InputError(f"{path}: the config says {spec.n_layer} layers, the weights {n_layer}")
+    for kind, flag in (("self_attn.q_proj", "attention_bias"), ("mlp.gate_proj", "mlp_bias")):
+        if (f"model.layers.0.{kind}.bias" in tensors) != getattr(spec, flag):
+            raise InputError(
+                f"{path}: config.json says {flag} {str(getattr(spec, flag)).lower()}, but the "
+                f"weights {'lack' if getattr(spec, flag) else 'have'} "
+                f"model.layers.0.{kind}.bias; correct the config"
+            )
+    expected = expected_tensors(spec)
+    for name, shape in expected.items():
+        info = tensors.get(name)
+        if info is None:
+            raise InputError(f"{path}: tensor {in_file(name)!r} is missing")
+        if info.shape != shape:
+            raise InputError(
+                f"{info.path}: tensor {shown(info.name)} has shape {list(info.shape)}; "
+                f"the config asks for {list(shape)}"
+            )
+    for name, info in tensors.items():
+        if name not in expected:
+            raise InputError(
+                f"{info.path}: tensor {shown(info.name)} is none of a Llama of this config"
+            )
+
+
+def _count_layers(names: Iterable[str]) -> int:
+    numbers = (name.split(".")[2] for name in names if name.startswith("model.layers."))
+    return len(set(numbers))
+
+
+def _tensor(checkpoint: HfCheckpoint, name: str) -> TensorInfo:
+    info = checkpoint.tensors.get(name)
+    if info is None:
+        raise InputError(f"{checkpoint.path}: there is no tensor {name!r}")
+    return info
