@@ -7,9 +7,12 @@ import json
 import re
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dsq.errors import InputError
+
+if TYPE_CHECKING:
+    from dsq.runtime.sampling import SamplerSettings
 
 
 def add_source(parser: argparse.ArgumentParser, name: str, help_: str) -> None:
@@ -30,6 +33,50 @@ def add_json(parser: argparse.ArgumentParser) -> None:
 
 def add_threads(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-t", "--threads", type=positive, help="CPU threads (default: all cores)")
+
+
+def add_gpu(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "-ngl",
+        "--n-gpu-layers",
+        default="0",
+        metavar="N",
+        help="layers on the GPU, or all (needs a CUDA build of llama-cpp-python)",
+    )
+
+
+def gpu_layers(args: argparse.Namespace) -> int:
+    """`-ngl`: a number, or `all`."""
+    text = args.n_gpu_layers
+    if text == "all":
+        return 999
+    if not text.isdecimal():
+        raise InputError(f"-ngl {text}: give a number of layers, or all")
+    return int(text)
+
+
+def add_sampling(parser: argparse.ArgumentParser, *, temp: float) -> None:
+    group = parser.add_argument_group("sampling")
+    group.add_argument("--temp", type=float, default=temp, help=f"0 is greedy (default {temp:g})")
+    group.add_argument("--top-k", type=int, default=40)
+    group.add_argument("--top-p", type=float, default=0.95)
+    group.add_argument("--min-p", type=float, default=0.05)
+    group.add_argument("--repeat-penalty", type=float, default=1.0)
+    group.add_argument("--seed", type=int, help="default: drawn")
+
+
+def sampler(args: argparse.Namespace) -> SamplerSettings:
+    """Checked at once, before a model is loaded."""
+    from dsq.runtime.sampling import SamplerSettings
+
+    return SamplerSettings(
+        temp=args.temp,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        min_p=args.min_p,
+        seed=args.seed,
+        repeat_penalty=args.repeat_penalty,
+    )
 
 
 def positive(text: str) -> int:

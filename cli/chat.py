@@ -1,0 +1,115 @@
+"""`dsq chat`: a conversation on the terminal."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from dsq.cli import common
+
+DESCRIPTION = (
+    "Talk to an instruct model. /reset forgets, /exit (or Ctrl-D) leaves; Ctrl-C stops an answer\n"
+    "and returns to the prompt. With -p, answer one message and leave."
+)
+EXAMPLE = "dsq chat coder-instruct-q4_0.gguf"
+
+DEFAULT_CTX = 4096  # a 16k cache of a 6.7b would take 8 GiB unasked
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    common.add_source(parser, "model", ".gguf, directory or hub id")
+    parser.add_argument("-p", "--prompt", help="one message, answered on standard output")
+    parser.add_argument("--system", help="the system message (default: the template's own)")
+    parser.add_argument("-n", "--n-predict", type=common.positive, metavar="N", help="per answer")
+    parser.add_argument(
+        "-c", "--ctx-size", type=common.positive, help=f"default: {DEFAULT_CTX} or the model's own"
+    )
+    common.add_sampling(parser, temp=0.8)
+    common.add_gpu(parser)
+    common.add_threads(parser)
+    common.add_hub(parser)
+    common.add_json(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    sampler = common.sampler(args)
+    model = common.local_model(args.model, args)
+    from dsq.convert.checkpoint import open_checkpoint
+    from dsq.runtime.chat import ChatSession
+    from dsq.runtime.source import EngineSettings, Source
+
+    n_ctx = args.ctx_size or min(DEFAULT_CTX, open_checkpoint(model).spec.n_ctx)
+    settings = EngineSettings(n_ctx, args.threads, common.gpu_layers(args))
+    engine = Source(model).engine(settings)
+    try:
+        session = ChatSession(
+            engine, system=args.system, max_tokens=args.n_predict, sampler=sampler
+        )
+        if args.prompt is not None:
+            return _once(session, args.prompt, as_json=args.json)
+        return _converse(session)
+    finally:
+        engine.close()
+
+
+def _once(session: object, prompt: str, *, as_json: bool) -> int:
+    from dsq.runtime.chat import ChatSession
+
+    assert isinstance(session, ChatSession)
+    text = ""
+    for piece in session.send(prompt):
+        text += piece
+        if not as_json:
+            print(piece, end="", flush=True)
+    if not as_json:
+        print()
+        return 0
+    last = session.last
+    common.print_json(
+        {
+            "text": text,
+            "tokens": len(last.tokens) if last else 0,
+            "prompt_tokens": last.prompt_tokens if last else 0,
+            "stop_reason": last.stop_reason if last else None,
+            "tokens_per_second": round(last.tokens_per_second, 2) if last else 0.0,
+        }
+    )
+    return 0
+
+
+def _converse(session: object) -> int:
+    from dsq.errors import InputError
+    from dsq.runtime.chat import ChatSession
+
+    assert isinstance(session, ChatSession)
+    interactive = sys.stdin.isatty()
+    if interactive:
+        try:
+            import readline  # noqa: F401  (line editing and history for input())
+        except ImportError:
+            pass
+    while True:
+        try:
+            line = input("> " if interactive else "")
+        except EOFError:
+            if interactive:
+                print()
+            return 0
+        except KeyboardInterrupt:  # at the prompt: drop the line, stay
+            print()
+            continue
+        if line.strip() in ("/exit", "/quit"):
+            return 0
+        if line.strip() == "/reset":
+            session.reset()
+            continue
+        if not line.strip():
+            continue
+        try:
+            for piece in session.send(line):
+                print(piece, end="", flush=True)
+        except KeyboardInterrupt:
+            print(" [stopped]", end="")
+        except InputError as error:
+            print(f"dsq: error: {error} (/reset starts anew)", file=sys.stderr)
+        print()
