@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from dsq.tokenizer_port.vocabulary import Vocabulary
 
 _COMPARE_BYTES = 1 << 24
+_SHARD = re.compile(r"-(\d{5})-of-\d{5}\.gguf$")
 
 
 class Checkpoint(Protocol):
@@ -132,7 +134,7 @@ def _gguf_models(directory: Path) -> list[Path]:
     return sorted(
         path
         for path in directory.glob("*.gguf")
-        if "-of-" not in path.name or "-00001-of-" in path.name
+        if (shard := _SHARD.search(path.name)) is None or int(shard[1]) == 1
     )
 
 

@@ -60,7 +60,7 @@ def parse_id(source: str) -> HubId | None:
 
 
 def _from_hub(hub_id: HubId, revision: str | None, offline: bool) -> Path:
-    from huggingface_hub import constants, list_repo_files, snapshot_download
+    from huggingface_hub import constants, model_info, snapshot_download
 
     if offline or constants.HF_HUB_OFFLINE:
         # Ask for no file: which ones are needed is decided by what lies in the folder.
@@ -71,7 +71,9 @@ def _from_hub(hub_id: HubId, revision: str | None, offline: bool) -> Path:
         )
         names = [p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()]
         return folder / _choose(hub_id, names).entry
-    choice = _choose(hub_id, list_repo_files(hub_id.repo, revision=revision))
+    # Not list_repo_files: it tries for 24 seconds before it says that there is no network.
+    listed = model_info(hub_id.repo, revision=revision, timeout=30).siblings or []
+    choice = _choose(hub_id, [file.rfilename for file in listed])
     patterns = [re.sub(r"([*?\[])", r"[\1]", name) for name in choice.files]
     return Path(snapshot_download(hub_id.repo, revision=revision, allow_patterns=patterns)) / (
         choice.entry

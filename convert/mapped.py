@@ -19,8 +19,6 @@ class MappedFiles:
 
     def view(self, info: TensorInfo) -> npt.NDArray[np.uint8]:
         """The tensor's bytes, shape (n_bytes,), read-only; nothing is read or copied yet."""
-        if info.n_bytes == 0:
-            return np.empty(0, np.uint8)
         mapped = self._maps.get(info.path)
         if mapped is None:
             try:

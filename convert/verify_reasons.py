@@ -81,32 +81,28 @@ class _Guess:
             return "its rows are permuted twice for the rotation"
         if self.matches(self.theirs.rows(half_split_rows(n, heads)[at])):
             return "its rows are permuted for the rotation the wrong way round"
-        for wrong in range(1, n // 2 + 1):
-            if wrong != heads and n % (2 * wrong) == 0:
-                if self.matches(self.theirs.rows(interleaved_rows(n, wrong)[at])):
-                    return f"its rows are permuted for {wrong} heads; the source has {heads}"
+        for wrong in (w for w in range(1, n // 2 + 1) if w != heads and n % (2 * w) == 0):
+            if self.matches(self.theirs.rows(interleaved_rows(n, wrong)[at])):
+                return f"its rows are permuted for {wrong} heads; the source has {heads}"
         return None
 
     def other_tensor(self, name: str, source: Mapping[str, StoredTensor]) -> str | None:
         """It holds another tensor of the same shape: gate for up, K for V, another layer's."""
-        shape = self.theirs.info.shape
+        orders = [self.sample]
+        if self.ours.heads:  # V or another square matrix in Q's place, which is not permuted
+            orders.append(self.ours.order[self.sample])
         for other, tensor in source.items():
-            if other != name and tensor.info.shape == shape:
-                if self.matches(tensor.rows(self.sample)) or (
-                    # stored without the permutation that its place asks for, or with it
-                    self.ours.heads
-                    and self.matches(tensor.rows(self.ours.order[self.sample]))
-                ):
-                    return f"it holds the source's {other}"
+            if other == name or tensor.info.shape != self.theirs.info.shape:
+                continue
+            if any(self.matches(tensor.rows(rows)) for rows in orders):
+                return f"it holds the source's {other}"
         return None
 
     def transposed(self) -> str | None:
         rows, columns = self.theirs.n_rows, self.theirs.n_per_row
         if rows != columns or rows == 1:
             return None
-        wanted = np.concatenate(
-            [part[:, self.sample] for _, part in _slabs(self.theirs)]
-        ).T
+        wanted = np.concatenate([part[:, self.sample] for _, part in _slabs(self.theirs)]).T
         return "it is transposed" if self.matches(wanted) else None
 
     def scaled(self) -> str | None:
@@ -154,7 +150,10 @@ def _errors(values: Floats, wanted: Floats) -> npt.NDArray[np.float64]:
     """Relative error of each row; an empty row is right only if both are."""
     error = np.square(values - wanted, dtype=np.float64).sum(axis=1)
     norm = np.square(wanted, dtype=np.float64).sum(axis=1)
-    return np.sqrt(np.divide(error, norm, out=np.where(error > 0, np.inf, 0.0), where=norm > 0))
+    relative: npt.NDArray[np.float64] = np.divide(
+        error, norm, out=np.where(error > 0, np.inf, 0.0), where=norm > 0
+    )
+    return np.sqrt(relative, out=relative)
 
 
 def _nearest(values: Floats, tensor: StoredTensor) -> Rows:

@@ -1,9 +1,8 @@
 """How far a model's predictions drift from a reference: perplexity, KL divergence, agreement.
 
 Definitions are those of llama.cpp's `tools/perplexity/perplexity.cpp`, so figures can be compared:
-population variance over n - 1 for standard errors, its interpolated percentiles, percentages for
-the change of the right token's probability (dp) and for top-1 agreement. Two deliberate
-differences: both distributions are normalized exactly, and no tail is cut off (llama-perplexity
+population variance over n - 1 for standard errors, its interpolated percentiles, dp the change of
+the right token's probability. Two deliberate differences: both distributions are normalized exactly, and no tail is cut off (llama-perplexity
 leaves out tokens whose reference log-probability is below -16). A model against itself thus
 measures 1e-8 where llama-perplexity shows noise of either sign.
 """
@@ -50,7 +49,7 @@ class PackedRows:
 
 @dataclass(frozen=True)
 class Drift:
-    """Statistics over `tokens` scored tokens; nats, except percentages where it says so.
+    """Statistics over `tokens` scored tokens. Divergences in nats; agreement and dp as fractions.
 
     Without a reference every field that needs one is None.
     """
@@ -65,9 +64,9 @@ class Drift:
     kld_p99: float | None = None
     kld_p999: float | None = None
     kld_max: float | None = None
-    top1_agreement: float | None = None  # percent
-    top1_stderr: float | None = None  # percent
-    rms_dp: float | None = None  # percent
+    top1_agreement: float | None = None  # llama-perplexity prints this and the next two in percent
+    top1_stderr: float | None = None
+    rms_dp: float | None = None
 
 
 class Accumulator:
@@ -147,9 +146,9 @@ class Accumulator:
             kld_p99=percentile(kld, 0.99),
             kld_p999=percentile(kld, 0.999),
             kld_max=float(kld[-1]),
-            top1_agreement=100 * same,
-            top1_stderr=100 * math.sqrt(same * (1 - same) / max(len(nll) - 1, 1)),
-            rms_dp=100 * math.sqrt(float(np.mean(dp * dp))),
+            top1_agreement=same,
+            top1_stderr=math.sqrt(same * (1 - same) / max(len(nll) - 1, 1)),
+            rms_dp=math.sqrt(float(np.mean(dp * dp))),
         )
 
     @property
@@ -177,10 +176,12 @@ def pack(
         rows_out.top[rows], rows_out.nll[rows], _ = _shift(x, target, scratch)
         np.maximum(x, -RANGE, out=x)
         scale = x.min(axis=1) / np.float32(-_STEPS)
+        scale[scale < 1e-30] = 0  # all logits equal: every code is 0
         rows_out.scale[rows] = scale
         x *= (-1 / np.where(scale > 0, scale, 1))[:, None]
         x += np.float32(0.5)
-        np.copyto(rows_out.codes[rows], np.minimum(x, _STEPS, out=x), casting="unsafe")
+        with np.errstate(invalid="ignore"):  # nan is refused below, with a better message
+            np.copyto(rows_out.codes[rows], np.minimum(x, _STEPS, out=x), casting="unsafe")
 
     for_blocks(n, n_vocab, one, pool)
     if not np.isfinite(rows_out.nll).all():
@@ -212,8 +213,8 @@ def _shift(
     """Subtract each row's maximum in place; the arg-maxima, the targets' NLL, log sum exp."""
     index = np.arange(len(x))
     top = x.argmax(axis=1)
-    x -= x[index, top][:, None]
     with np.errstate(invalid="ignore", under="ignore"):
+        x -= x[index, top][:, None]
         log_sum = np.log(np.exp(x, out=scratch).sum(axis=1).astype(np.float64))
     return top, log_sum - x[index, targets], log_sum
 

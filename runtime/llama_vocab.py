@@ -1,0 +1,52 @@
+"""llama.cpp's tokenizer, read from a GGUF without its weights."""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+
+import llama_cpp
+import numpy as np
+
+from dsq.errors import DsqError, InputError
+from dsq.runtime import llama_log
+
+_IDS = ctypes.POINTER(llama_cpp.llama_token)
+
+
+class LlamaVocab:
+    """Encodes as llama.cpp does. Raises InputError for a file that llama.cpp cannot read."""
+
+    def __init__(self, path: Path) -> None:
+        self._model = None
+        llama_log.install(False)
+        llama_cpp.llama_backend_init()
+        params = llama_cpp.llama_model_default_params()
+        params.vocab_only = True
+        self._model = llama_cpp.llama_model_load_from_file(str(path).encode(), params)
+        if not self._model:
+            raise InputError(f"{path}: llama.cpp cannot load it: {llama_log.last_errors()}")
+        self._vocab = llama_cpp.llama_model_get_vocab(self._model)
+
+    def encode(self, text: str, *, add_special: bool = False) -> list[int]:
+        """Token ids; texts of control tokens become the tokens. `add_special` adds BOS, EOS."""
+        raw = text.encode()
+        out = np.empty(len(raw) + 8, np.int32)  # never more tokens than bytes
+        n = llama_cpp.llama_tokenize(
+            self._vocab, raw, len(raw), out.ctypes.data_as(_IDS), len(out), add_special, True
+        )
+        if n < 0:
+            raise DsqError(f"llama.cpp cannot tokenize {text[:40]!r} ({n})")
+        ids: list[int] = out[:n].tolist()
+        return ids
+
+    def close(self) -> None:
+        if self._model:
+            llama_cpp.llama_model_free(self._model)
+            self._model = None
+
+    def __enter__(self) -> LlamaVocab:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

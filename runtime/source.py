@@ -1,0 +1,118 @@
+"""A model on disk, GGUF file or Hugging Face directory: its vocabulary, size and engine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dsq.errors import InputError
+from dsq.runtime.reference_cache import file_identity
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from dsq.convert.tensors import TensorInfo
+    from dsq.runtime.engine import Engine
+    from dsq.tokenizer_port.vocabulary import Vocabulary
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """How to run a model. The last two concern llama.cpp only."""
+
+    n_ctx: int = 0  # 0: what the model was trained on
+    n_threads: int | None = None
+    n_gpu_layers: int = 0
+    kv_type: str = "f16"
+
+
+class Source:
+    """Nothing is loaded before it is asked for."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        if not self.path.exists():
+            raise InputError(f"{path}: no such file or directory")
+        self.is_gguf = not self.path.is_dir()
+
+    @cached_property
+    def _opened(self) -> Any:
+        # A GGUF of any architecture can be measured, so it is read without a ModelSpec.
+        if self.is_gguf:
+            from dsq.convert.gguf.reader import read_gguf
+
+            return read_gguf(self.path)
+        from dsq.convert.checkpoint import open_checkpoint
+
+        return open_checkpoint(self.path)
+
+    @cached_property
+    def vocabulary(self) -> Vocabulary:
+        if not self.is_gguf:
+            vocabulary: Vocabulary = self._opened.vocabulary()
+            return vocabulary
+        from dsq.tokenizer_port.load import vocabulary_from_gguf
+
+        return vocabulary_from_gguf(self._opened.metadata)
+
+    @cached_property
+    def _tensors(self) -> list[TensorInfo]:
+        tensors: Mapping[str, TensorInfo] = self._opened.tensors
+        return [t for t in tensors.values() if t.name != "rope_freqs.weight"]
+
+    @property
+    def files(self) -> list[Path]:
+        """The files that hold weights."""
+        return sorted({tensor.path for tensor in self._tensors})
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(path.stat().st_size for path in self.files)
+
+    @property
+    def bpw(self) -> float:
+        """Bits a weight, over all tensors."""
+        return 8 * sum(t.n_bytes for t in self._tensors) / sum(t.n_elements for t in self._tensors)
+
+    @property
+    def identity(self) -> str:
+        """Changes when the model's files or the library that runs it change."""
+        if self.is_gguf:
+            import llama_cpp
+
+            return f"llama.cpp {llama_cpp.__version__} {file_identity(self.files)}"
+        from importlib.metadata import version
+
+        config = self.path / "config.json"
+        libraries = f"torch {version('torch')} transformers {version('transformers')}"
+        return f"{libraries} {file_identity([*self.files, config])}"
+
+    def engine(self, settings: EngineSettings) -> Engine:
+        """Load the model for one sequence of `n_ctx` tokens."""
+        if self.is_gguf:
+            return self._llama(settings, n_batch=512, n_seq_max=1)
+        from dsq.runtime.torch_engine import TorchEngine
+
+        return TorchEngine(self.path, n_ctx=settings.n_ctx, n_threads=settings.n_threads)
+
+    def window_engine(self, settings: EngineSettings) -> Engine:
+        """Load the model for windows of `n_ctx`: as many at once as llama-perplexity takes."""
+        if not self.is_gguf:
+            return self.engine(settings)
+        n_batch = 2048
+        return self._llama(settings, n_batch, n_seq_max=max(1, n_batch // settings.n_ctx))
+
+    def _llama(self, settings: EngineSettings, n_batch: int, n_seq_max: int) -> Engine:
+        from dsq.runtime.llamacpp import LlamaCppEngine
+
+        return LlamaCppEngine(
+            self.path,
+            n_ctx=settings.n_ctx,
+            n_batch=n_batch,
+            n_seq_max=n_seq_max,
+            n_threads=settings.n_threads,
+            n_gpu_layers=settings.n_gpu_layers,
+            kv_type=settings.kv_type,
+        )

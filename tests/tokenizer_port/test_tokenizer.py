@@ -1,0 +1,184 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import tokenizers
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from dsq.errors import InputError
+from dsq.tokenizer_port.tokenizer import Tokenizer
+from dsq.tokenizer_port.vocabulary import TokenType, Vocabulary
+
+from .conftest import ADDED, BOS, EOS, EOT, LETTERS
+
+
+@pytest.fixture
+def tok(vocab: Vocabulary) -> Tokenizer:
+    return Tokenizer.from_vocabulary(vocab)
+
+
+CONTROL_TEXTS = [text for text in ADDED if text not in LETTERS]
+
+
+def test_a_users_text_never_becomes_a_control_token(tok: Tokenizer) -> None:
+    control = {*tok.vocab.ids_of_type(TokenType.CONTROL)}
+    for text in CONTROL_TEXTS:
+        ids = tok.encode(f"a{text}b", add_bos=False)
+        assert not control & {*ids}
+        assert tok.decode(ids) == f"a{text}b"
+        assert tok.vocab.index[text] in tok.encode(f"a{text}b", parse_special=True)
+
+
+def test_control_tokens_do_not_slip_through_ignore_merges(vocab: Vocabulary) -> None:
+    """A control token whose text the pre-tokenizer leaves whole must not be found as a piece."""
+    definition = json.loads(vocab.tokenizer_json or "")
+    definition["model"]["ignore_merges"] = True
+    row = vocab.tokens.index(f"[PAD{len(vocab.tokens) - 1}]")
+    definition["model"]["vocab"]["Stop"] = row
+    tokens, types = list(vocab.tokens), list(vocab.types)
+    tokens[row], types[row] = "Stop", int(TokenType.CONTROL)
+    changed = dataclasses.replace(
+        vocab, tokens=tuple(tokens), types=tuple(types), tokenizer_json=json.dumps(definition)
+    )
+    tok = Tokenizer.from_vocabulary(changed)
+    assert tok.encode("Stop", add_bos=False, parse_special=True) == [row]
+    assert row not in tok.encode("Stop")
+
+
+def test_parse_special_is_hugging_faces_encoding(
+    tok: Tokenizer, deepseek_json: dict[str, Any]
+) -> None:
+    reference = tokenizers.Tokenizer.from_str(json.dumps(deepseek_json))
+    text = f"{BOS}def f():\n\treturn 'ü' {EOT} <pad>{LETTERS}"
+    assert tok.encode(text, parse_special=True) == reference.encode(text).ids
+
+
+def test_bos_exactly_once(tok: Tokenizer) -> None:
+    bos = tok.vocab.bos
+    assert tok.encode("") == [bos]
+    assert tok.encode("x")[0] == bos
+    assert tok.encode("x").count(bos or 0) == 1
+    assert tok.encode(f"{BOS}x", parse_special=True).count(bos or 0) == 1
+    assert bos not in tok.encode("x", add_bos=False)
+    without = Tokenizer.from_vocabulary(dataclasses.replace(tok.vocab, add_bos=False))
+    assert bos not in without.encode("x")
+    assert without.encode("x", add_bos=True)[0] == bos
+
+
+def test_letters_come_back(tok: Tokenizer) -> None:
+    text = f"Führer {LETTERS}\n"
+    ids = tok.encode(text)
+    assert tok.vocab.index["ü"] in ids
+    assert tok.decode(ids) == text
+    assert tok.token_bytes(tok.vocab.index["ü"]) == "ü".encode()
+
+
+def test_decode_skips_special_tokens(tok: Tokenizer) -> None:
+    v = tok.vocab
+    assert v.bos is not None
+    ids = [v.bos, *tok.encode("ab", add_bos=False), v.index[EOT], len(v.tokens) - 1]
+    assert tok.decode(ids) == "ab"
+    assert tok.decode(ids, skip_special=False) == f"{BOS}ab{EOT}[PAD{len(v.tokens) - 1}]"
+
+
+@settings(
+    max_examples=150,
+    deadline=None,
+    database=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(text=st.text(st.characters(exclude_categories=["Cs"])) | st.sampled_from([*ADDED]))
+def test_any_text_survives_and_streams(tok: Tokenizer, text: str) -> None:
+    ids = tok.encode(text)
+    assert tok.decode(ids) == text
+    stream = tok.stream_decoder()
+    pieces = [stream.push(token) for token in ids]
+    assert "".join(pieces) + stream.finish() == text
+    assert "\ufffd" in text or not any("\ufffd" in piece for piece in pieces)
+
+
+def test_streaming_waits_for_the_last_byte(tok: Tokenizer) -> None:
+    ids = [tok.vocab.index[char] for char in "ðŁĻĤ"]  # the four bytes of a smiley
+    stream = tok.stream_decoder()
+    assert [stream.push(token) for token in ids] == ["", "", "", "🙂"]
+    assert stream.finish() == ""
+    assert stream.push(ids[0]) == ""
+    assert stream.finish() == "\ufffd"
+
+
+def test_fim(tok: Tokenizer) -> None:
+    v = tok.vocab
+    ids = tok.fim("def f():\n", "\n    return x <｜fim▁end｜>")
+    assert tok.decode(ids, skip_special=False) == (
+        f"{BOS}<｜fim▁begin｜>def f():\n<｜fim▁hole｜>\n    return x <｜fim▁end｜><｜fim▁end｜>"
+    )
+    assert ids[:2] == [v.bos, v.fim_prefix]
+    assert ids.count(v.fim_suffix or 0) == 1
+    assert ids.count(v.fim_middle or 0) == 1
+    assert ids[-1] == v.fim_middle
+    with pytest.raises(InputError, match="no fill-in-the-middle"):
+        Tokenizer.from_vocabulary(dataclasses.replace(v, fim_middle=None)).fim("a", "b")
+
+
+def test_stop_ids(vocab: Vocabulary) -> None:
+    eos, eot = vocab.index[EOS], vocab.index[EOT]
+    base = dataclasses.replace(vocab, eos=eos, chat_template=None)
+    early_instruct = dataclasses.replace(vocab, eos=eos)
+
+    def stops(v: Vocabulary) -> tuple[frozenset[int], frozenset[int]]:
+        tok = Tokenizer.from_vocabulary(v)
+        return tok.stop_ids("complete"), tok.stop_ids("chat")
+
+    assert stops(base) == ({eos}, {eos, eot})
+    assert stops(vocab) == ({eos, eot}, {eos, eot})
+    assert stops(early_instruct) == ({eos, eot}, {eos, eot})
+
+
+def test_errors(tok: Tokenizer) -> None:
+    with pytest.raises(InputError, match="ids go from 0 to"):
+        tok.decode([len(tok)])
+    with pytest.raises(InputError, match="surrogates"):
+        tok.encode("\ud800")
+
+
+def test_truncation_and_dropout_in_the_file_are_ignored(vocab: Vocabulary) -> None:
+    definition = json.loads(vocab.tokenizer_json or "")
+    definition["truncation"] = {
+        "direction": "Right",
+        "max_length": 2,
+        "strategy": "LongestFirst",
+        "stride": 0,
+    }
+    definition["model"]["dropout"] = 1.0
+    tok = Tokenizer.from_vocabulary(
+        dataclasses.replace(vocab, tokenizer_json=json.dumps(definition))
+    )
+    text = "def add(a: int, b: int) -> int:"
+    assert tok.encode(text) == Tokenizer.from_vocabulary(vocab).encode(text)
+
+
+def test_a_tokenizer_json_of_another_model_is_refused(vocab: Vocabulary) -> None:
+    definition = json.loads(vocab.tokenizer_json or "")
+    first, second, *_ = definition["model"]["vocab"]
+    tokens = definition["model"]["vocab"]
+    tokens[first], tokens[second] = tokens[second], tokens[first]
+    for text in (json.dumps(definition), "{}", "[", '{"model": {"vocab": 1}}'):
+        with pytest.raises(InputError, match=r"tokenizer\.huggingface\.json"):
+            Tokenizer.from_vocabulary(dataclasses.replace(vocab, tokenizer_json=text))
+
+
+def test_imports_are_light() -> None:
+    code = (
+        "import sys, dsq.tokenizer_port.tokenizer, dsq.tokenizer_port.load, "
+        "dsq.tokenizer_port.to_hf, dsq.tokenizer_port.verify\n"
+        "print(*{'tokenizers', 'jinja2', 'torch', 'transformers', 'gguf'} & {*sys.modules})"
+    )
+    out = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert out.stdout.strip() == ""

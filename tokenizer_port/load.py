@@ -1,0 +1,238 @@
+"""Read a vocabulary from a Hugging Face directory (`from_gguf` has the way from a GGUF)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dsq.errors import InputError, UnsupportedError
+from dsq.tokenizer_port import special
+from dsq.tokenizer_port.from_gguf import vocabulary_from_gguf
+from dsq.tokenizer_port.hf_settings import (
+    SpecialIds,
+    adds,
+    chat_templates,
+    is_special,
+    parse_json,
+    read_json,
+    read_text,
+    token_text,
+)
+from dsq.tokenizer_port.pretokenize import checked_name, recognise
+from dsq.tokenizer_port.vocabulary import TokenType, Vocabulary, check_unique, pad_token
+
+__all__ = ["load_hf", "vocabulary_from_gguf"]
+
+
+@dataclass(frozen=True)
+class _Added:
+    id: int
+    text: str
+    special: bool
+
+
+def load_hf(
+    directory: Path,
+    n_rows: int,
+    *,
+    pre: str | None = None,
+    config: Mapping[str, Any] | None = None,
+    generation_config: Mapping[str, Any] | None = None,
+) -> Vocabulary:
+    """The vocabulary of a model directory, padded to `n_rows`, the rows of the embedding.
+
+    `pre` overrides the recognition of the pre-tokenizer. The ids of BOS, EOS and pad are taken
+    from tokenizer_config.json, special_tokens_map.json, `config`, `generation_config`, in order.
+    Raises InputError for files that contradict themselves, UnsupportedError for other tokenizers.
+    """
+    path = directory / "tokenizer.json"
+    text = _read_tokenizer_json(path)
+    tokenizer = parse_json(path, text)
+    settings = read_json(directory / "tokenizer_config.json")
+    _check_model(path, tokenizer)
+
+    added = _added_tokens(path, tokenizer)
+    missing = _missing_added(directory, settings, added)
+    if missing:
+        # Some fine-tunes keep their tokens in added_tokens.json only; transformers adds them.
+        added.update(missing)
+        tokenizer["added_tokens"] = [
+            *tokenizer.get("added_tokens", []),
+            *(_added_entry(token) for token in missing.values()),
+        ]
+        text = json.dumps(tokenizer, ensure_ascii=False)
+
+    tokens, types = _rows(path, tokenizer["model"]["vocab"], added, settings, n_rows)
+    index = {token: i for i, token in enumerate(tokens)}
+    ids = SpecialIds(directory, index, settings, config or {}, generation_config or {})
+    bos = ids.find("bos", required=True)
+    fim_prefix, fim_suffix, fim_middle = special.find_fim(index)
+    add_space = settings.get("add_prefix_space")
+    template, templates = chat_templates(directory, settings)
+    return Vocabulary(
+        model="gpt2",
+        pre=checked_name(pre) if pre else recognise(tokenizer),
+        tokens=tuple(tokens),
+        types=tuple(types),
+        merges=tuple(_merges(path, tokenizer["model"].get("merges") or [])),
+        bos=bos,
+        eos=ids.find("eos", required=True),
+        eot=special.find_end_of_turn(index),
+        pad=ids.find("pad"),
+        unk=ids.find("unk"),
+        fim_prefix=fim_prefix,
+        fim_suffix=fim_suffix,
+        fim_middle=fim_middle,
+        add_bos=adds(settings, tokenizer, "bos", bos),
+        add_eos=adds(settings, tokenizer, "eos", None),
+        add_space_prefix=add_space if isinstance(add_space, bool) else None,
+        chat_template=template,
+        chat_templates=templates,
+        tokenizer_json=text,
+    )
+
+
+def _read_tokenizer_json(path: Path) -> str:
+    if path.is_file():
+        return read_text(path)
+    if any((path.parent / name).is_file() for name in ("tokenizer.model", "spiece.model")):
+        raise UnsupportedError(
+            f"{path}: not found, and a SentencePiece tokenizer.model alone is not supported; save "
+            "the fast tokenizer once with transformers (AutoTokenizer...save_pretrained)"
+        )
+    raise InputError(f"{path}: not found; copy tokenizer.json from the model it was made from")
+
+
+def _check_model(path: Path, tokenizer: Mapping[str, Any]) -> None:
+    model = tokenizer.get("model")
+    if not isinstance(model, Mapping) or not isinstance(model.get("vocab"), (dict, list)):
+        raise InputError(f"{path}: has no model with a vocab; download the file again")
+    kind = model.get("type", "BPE")  # files of tokenizers < 0.10 do not say it
+    if kind != "BPE" or not isinstance(model["vocab"], dict):
+        raise UnsupportedError(f"{path}: model.type is {kind!r}; only byte-level BPE is supported")
+    steps = json.dumps([tokenizer.get("normalizer"), tokenizer.get("pre_tokenizer")])
+    if model.get("byte_fallback") or "ByteLevel" not in steps:
+        raise UnsupportedError(
+            f"{path}: is SentencePiece-style BPE (byte_fallback, as in Llama 2 and CodeLlama); "
+            "only byte-level BPE is supported: convert this model with llama.cpp's own converter"
+        )
+    for key in ("continuing_subword_prefix", "end_of_word_suffix"):
+        if model.get(key):
+            raise UnsupportedError(
+                f"{path}: model.{key} is {model[key]!r}; byte-level BPE in GGUF has no such mark"
+            )
+
+
+def _added_entry(token: _Added) -> dict[str, Any]:
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    return {"id": token.id, "content": token.text, **flags, "special": token.special}
+
+
+def _added_tokens(path: Path, tokenizer: Mapping[str, Any]) -> dict[str, _Added]:
+    found: dict[str, _Added] = {}
+    for entry in tokenizer.get("added_tokens") or []:
+        try:
+            token = _Added(int(entry["id"]), str(entry["content"]), bool(entry.get("special")))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise InputError(
+                f"{path}: added_tokens holds {entry!r}, which has no id and content"
+            ) from error
+        _add(path, found, token)
+    return found
+
+
+def _add(path: Path, found: dict[str, _Added], token: _Added) -> None:
+    earlier = found.setdefault(token.text, token)
+    if earlier.id != token.id:
+        raise InputError(
+            f"{path}: added token {token.text!r} has the ids {earlier.id} and {token.id}; "
+            "a token has one: remove the wrong entry"
+        )
+
+
+def _missing_added(
+    directory: Path, settings: Mapping[str, Any], added: Mapping[str, _Added]
+) -> dict[str, _Added]:
+    """Tokens of added_tokens.json and `added_tokens_decoder` that tokenizer.json lacks."""
+    path = directory / "added_tokens.json"
+    found: dict[str, _Added] = {}
+    for text, row in read_json(path).items():
+        if not isinstance(row, int):
+            raise InputError(f"{path}: token {text!r} has the id {row!r}, a number is needed")
+        _add(path, found, _Added(row, text, special=False))
+    path = directory / "tokenizer_config.json"
+    for key, entry in (settings.get("added_tokens_decoder") or {}).items():
+        content = token_text(entry)
+        if content is None or not str(key).isdigit():
+            raise InputError(f"{path}: added_tokens_decoder.{key} is {entry!r}, no token")
+        _add(path, found, _Added(int(key), content, special=is_special(entry)))
+    for token in found.values():
+        if token.text in added:
+            _add(path, {token.text: added[token.text]}, token)
+    return {text: token for text, token in found.items() if text not in added}
+
+
+def _rows(
+    path: Path,
+    vocab: Mapping[str, Any],
+    added: Mapping[str, _Added],
+    settings: Mapping[str, Any],
+    n_rows: int,
+) -> tuple[list[str], list[int]]:
+    """Token texts and types by id, rows without a token padded as unused."""
+    rows: dict[int, str] = {}
+    entries = [*vocab.items(), *((t.text, t.id) for t in added.values())]
+    for text, row in entries:
+        if not isinstance(row, int) or row < 0:
+            raise InputError(f"{path}: token {text!r} has the id {row!r}, no row number")
+        if rows.setdefault(row, text) != text:
+            raise InputError(
+                f"{path}: id {row} belongs to {rows[row]!r} and to {text!r}; "
+                "an id has one token: give the added token an id of its own"
+            )
+    if rows and max(rows) >= n_rows:
+        last = max(rows)
+        raise InputError(
+            f"{path}: a vocabulary larger than the rows: token {rows[last]!r} has the id {last}, "
+            f"but the embedding has {n_rows} rows; the tokenizer belongs to another model, or the "
+            "embedding was not resized after tokens were added"
+        )
+    marked = {
+        content
+        for entry in (settings.get("added_tokens_decoder") or {}).values()
+        if is_special(entry) and (content := token_text(entry)) is not None
+    }
+    tokens = [rows.get(i, pad_token(i)) for i in range(n_rows)]
+    check_unique(tokens, str(path))
+    types = [
+        int(_type_of(tokens[i], added, marked) if i in rows else TokenType.UNUSED)
+        for i in range(n_rows)
+    ]
+    return tokens, types
+
+
+def _type_of(text: str, added: Mapping[str, _Added], marked: set[str]) -> TokenType:
+    token = added.get(text)
+    if token is None:
+        return TokenType.NORMAL
+    if token.special or text in marked or special.looks_special(text):
+        return TokenType.CONTROL
+    return TokenType.USER_DEFINED
+
+
+def _merges(path: Path, merges: list[Any]) -> list[str]:
+    """Both spellings of a merge, "a b" and ["a", "b"], as "a b"."""
+    found = []
+    for i, merge in enumerate(merges):
+        pair = merge.split(" ") if isinstance(merge, str) else merge
+        if not (isinstance(pair, list) and len(pair) == 2 and all(_is_word(p) for p in pair)):
+            raise InputError(f"{path}: merge {i} is {merge!r}, not two tokens with one space")
+        found.append(f"{pair[0]} {pair[1]}")
+    return found
+
+
+def _is_word(value: Any) -> bool:
+    return isinstance(value, str) and value != "" and " " not in value
