@@ -2,9 +2,10 @@
 
 Definitions are those of llama.cpp's `tools/perplexity/perplexity.cpp`, so figures can be compared:
 population variance over n - 1 for standard errors, its interpolated percentiles, dp the change of
-the right token's probability. Two deliberate differences: both distributions are normalized exactly, and no tail is cut off (llama-perplexity
-leaves out tokens whose reference log-probability is below -16). A model against itself thus
-measures 1e-8 where llama-perplexity shows noise of either sign.
+the right token's probability. Two deliberate differences: both distributions are normalized
+exactly, and no tail is cut off (llama-perplexity leaves out tokens whose reference log-probability
+is below -16). A model against itself thus measures 1e-8 where llama-perplexity shows noise of
+either sign.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ class Drift:
     kld_p99: float | None = None
     kld_p999: float | None = None
     kld_max: float | None = None
-    top1_agreement: float | None = None  # llama-perplexity prints this and the next two in percent
+    top1_agreement: float | None = None  # llama-perplexity prints these three in percent
     top1_stderr: float | None = None
     rms_dp: float | None = None
 

@@ -97,7 +97,7 @@ def test_halves_that_a_template_joins(vocab: Vocabulary) -> None:
             (f" {EOT[:3]}\n", f"\t{EOT[3:]}"),
             ("EOT",),
             ("|EOT|",),
-            ("<|",),
+            ("hello <|",),
         ):
             messages = [{"role": "user", "content": part, "name": part} for part in parts]
             ids = tok.chat(messages)

@@ -1,0 +1,84 @@
+"""Nothing half-written appears under a final name."""
+
+from __future__ import annotations
+
+import errno
+
+import pytest
+
+from dsq.convert.atomic import atomic_directory, atomic_files, check_target
+from dsq.errors import InputError
+
+
+def names(folder):
+    return sorted(p.name for p in folder.iterdir())
+
+
+def test_files_appear_together_when_all_are_written(tmp_path):
+    paths = [tmp_path / "a", tmp_path / "b"]
+    with atomic_files(paths) as temporary:
+        for path in temporary:
+            path.write_text("x")
+        assert not any(p.exists() for p in paths)
+    assert names(tmp_path) == ["a", "b"]
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_a_failure_leaves_nothing_and_keeps_the_old_file(tmp_path, error):
+    old = tmp_path / "a"
+    old.write_text("old")
+    with pytest.raises(error), atomic_files([old]) as (temporary,):
+        temporary.write_text("half")
+        raise error
+    assert names(tmp_path) == ["a"]
+    assert old.read_text() == "old"
+
+
+@pytest.mark.parametrize(
+    ("code", "remedy"),
+    [
+        (errno.ENOSPC, "the disk is full"),
+        (errno.EROFS, "read-only"),
+        (errno.EACCES, "no permission"),
+    ],
+)
+def test_operating_system_errors_name_the_target_and_the_remedy(tmp_path, code, remedy):
+    target = tmp_path / "model.gguf"
+    with pytest.raises(InputError, match=rf"model\.gguf.*{remedy}"), atomic_files([target]):
+        raise OSError(code, "boom")
+    assert names(tmp_path) == []
+
+
+def test_a_directory_replaces_the_old_one_whole(tmp_path):
+    out = tmp_path / "hf"
+    out.mkdir()
+    (out / "old").write_text("")
+    with pytest.raises(InputError, match="exists"), atomic_directory(out, force=False):
+        pass
+    with atomic_directory(out, force=True) as folder:
+        (folder / "new").write_text("")
+    assert names(out) == ["new"]
+    assert names(tmp_path) == ["hf"]
+
+
+def test_a_failed_directory_keeps_the_old_one(tmp_path):
+    out = tmp_path / "hf"
+    out.mkdir()
+    (out / "old").write_text("")
+    with pytest.raises(RuntimeError), atomic_directory(out, force=True) as folder:
+        (folder / "half").write_text("")
+        raise RuntimeError
+    assert names(out) == ["old"]
+    assert names(tmp_path) == ["hf"]
+
+
+def test_targets_are_checked_before_any_work(tmp_path):
+    out = tmp_path / "x.gguf"
+    with pytest.raises(InputError, match="is not a folder"):
+        check_target(tmp_path / "none" / "x.gguf", force=False)
+    with pytest.raises(InputError, match=r"GiB free, but x\.gguf needs"):
+        check_target(out, force=False, n_bytes=1 << 60)
+    out.write_text("")
+    with pytest.raises(InputError, match="--force"):
+        check_target(out, force=False)
+    check_target(out, force=True)
