@@ -36,10 +36,12 @@ def reason(
         n = int(np.count_nonzero(~np.isfinite(errors.error)))
         return f"{n} of its rows hold NaN or Inf, or values that overflow"
     guess = _Guess(ours, theirs, bound, _sample(bad if len(bad) else np.arange(ours.n_rows)))
+    # A permutation leaves some rows where they are; anything else of this kind moves them all.
+    found = guess.permutation() if 8 * len(bad) > len(errors.error) else None
     if most:
-        found = guess.permutation() or guess.other_tensor(name, source) or guess.transposed()
-        if found:
-            return found
+        found = found or guess.other_tensor(name, source) or guess.transposed()
+    if found:
+        return found
     if len(bad):
         found = guess.moved_rows(bad) or (guess.scaled() if most else None)
         if found:

@@ -472,6 +472,13 @@ def test_receipt(source: Path, q8_0: Path, tmp_path: Path) -> None:
     assert set(result.to_json()["checks"][0]) == {"name", "ok", "detail"}
 
 
+SLOW = ("iq1", "iq2")  # ggml takes ten seconds to make their grids
+
+
+def slow(name: str) -> Any:
+    return pytest.param(name, marks=pytest.mark.slow)
+
+
 DISTRIBUTIONS = {
     "normal": lambda rng, shape: rng.standard_normal(shape),
     "laplace": lambda rng, shape: rng.laplace(size=shape),
@@ -481,7 +488,7 @@ DISTRIBUTIONS = {
 
 
 @pytest.mark.parametrize("weights", DISTRIBUTIONS)
-@pytest.mark.parametrize("name", ERROR_BOUND)
+@pytest.mark.parametrize("name", [n if n[:3] not in SLOW else slow(n) for n in ERROR_BOUND])
 def test_bounds_hold_and_are_not_loose(name: str, weights: str) -> None:
     """What ggml's rounding costs stays below the bound, and a foreign tensor above it."""
     to, rng = BY_NAME[name], np.random.default_rng(3)
@@ -501,6 +508,7 @@ def test_bounds_of_exact_storage() -> None:
     assert error_bound(BF16, F32) > 0
 
 
+@pytest.mark.slow
 def test_with_an_imatrix(source: Path) -> None:
     """Weighted rounding moves the errors elsewhere, but not beyond the bounds."""
     rng = np.random.default_rng(0)

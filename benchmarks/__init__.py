@@ -1,0 +1,1 @@
+"""dsq against llama.cpp's own tools; see run.py."""
