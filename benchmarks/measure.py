@@ -54,8 +54,7 @@ def run(
 ) -> Usage:
     """Run `command` to its end. Raises RuntimeError with its output when it fails.
 
-    Sampling reads /proc every 20 ms, which takes about a hundredth of a core: leave it off where
-    time is measured.
+    Sampling reads /proc every 20 ms and takes processor time: leave it off where time is measured.
     """
     words = [str(word) for word in command]
     with tempfile.TemporaryFile() as log:

@@ -45,7 +45,8 @@ class Peers:
 
     @property
     def package(self) -> str:
-        return self.source.parents[1].name.replace("_", "-").replace("python-", "python ")
+        name, _, version = self.source.parents[1].name.rpartition("-")
+        return f"{name.replace('_', '-')} {version}"
 
     @property
     def version(self) -> str:

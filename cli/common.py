@@ -17,7 +17,10 @@ if TYPE_CHECKING:
 
 def add_source(parser: argparse.ArgumentParser, name: str, help_: str) -> None:
     parser.add_argument(
-        name, nargs="?", help=f"{help_} (default: the one model in this folder)", metavar=name.upper()
+        name,
+        nargs="?",
+        help=f"{help_} (default: the one model in this folder)",
+        metavar=name.upper(),
     )
 
 

@@ -55,9 +55,7 @@ def run(args: argparse.Namespace) -> int:
     settings = EngineSettings(n_ctx, args.threads, common.gpu_layers(args))
     engine = source.engine(settings)
     try:
-        generation = complete(
-            engine, prefix, suffix, max_tokens=args.n_predict, sampler=sampler
-        )
+        generation = complete(engine, prefix, suffix, max_tokens=args.n_predict, sampler=sampler)
         if not args.json:
             if suffix is None:
                 print(prefix, end="", flush=True)

@@ -51,7 +51,9 @@ def read_texts(paths: list[Path] | None) -> list[str]:
         try:
             texts.append(path.read_text(encoding="utf-8"))
         except UnicodeDecodeError as error:
-            raise InputError(f"{path}: not UTF-8 at byte {error.start}; convert it first") from error
+            raise InputError(
+                f"{path}: not UTF-8 at byte {error.start}; convert it first"
+            ) from error
         except OSError as error:
             raise InputError(f"{path}: cannot read the text: {error.strerror}") from error
     return texts

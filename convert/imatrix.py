@@ -105,7 +105,7 @@ def _read_dat(path: Path) -> Imatrix:
         sums = np.frombuffer(cursor.take(4 * n_values, what), dtype="<f4")
         if name in values:
             raise InputError(f"{path}: {name} appears twice")
-        values[name] = sums / np.float32(n_calls) if n_calls > 0 else sums.copy()
+        values[name] = (sums / np.float32(max(n_calls, 1))).astype(np.float32)
     n_chunks, datasets = 0, ()  # type: int, tuple[str, ...]
     if cursor.at < len(cursor.data):
         n_chunks = cursor.int32("the chunk count")

@@ -149,9 +149,7 @@ def run_gguf_plan(
         allow_nonfinite=allow_nonfinite,
     )
     paths = write_gguf(out, plan.layout, slabs, progress)
-    return Artifact(
-        tuple(paths), sum(p.stat().st_size for p in paths), time.perf_counter() - start
-    )
+    return Artifact(tuple(paths), sum(p.stat().st_size for p in paths), time.perf_counter() - start)
 
 
 def gguf_jobs(
@@ -190,5 +188,3 @@ def default_threads() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
-
-

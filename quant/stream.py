@@ -62,7 +62,11 @@ class Dither:
     TYPES = ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0")
 
     def add(
-        self, values: npt.NDArray[np.float32], raw: npt.NDArray[np.uint8], stored: GgmlType, key: int
+        self,
+        values: npt.NDArray[np.float32],
+        raw: npt.NDArray[np.uint8],
+        stored: GgmlType,
+        key: int,
     ) -> None:
         if stored.name not in self.TYPES:
             return
@@ -81,6 +85,11 @@ class Slab:
     job: Job
     data: npt.NDArray[np.uint8]
     last: bool
+
+    @property
+    def bytes(self) -> memoryview:
+        """The rows as they go into a file."""
+        return memoryview(np.ascontiguousarray(self.data).data).cast("B")
 
 
 def quantize_stream(
@@ -172,5 +181,3 @@ def _count_nonfinite(values: npt.NDArray[np.float32]) -> int:
 
 def _key(name: str, row: int) -> int:
     return int.from_bytes(f"{name}:{row}".encode(), "little")
-
-

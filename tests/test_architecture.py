@@ -62,12 +62,16 @@ def test_help_imports_nothing_heavy():
 
 @pytest.mark.parametrize("verb", ["convert", "quantize", "inspect", "eval", "complete", "chat"])
 def test_a_verbs_help_imports_no_engine(verb):
-    code = f"from dsq.cli.main import main\ntry: main([{verb!r}, '--help'])\nexcept SystemExit: pass"
+    code = (
+        f"from dsq.cli.main import main\ntry: main([{verb!r}, '--help'])\nexcept SystemExit: pass"
+    )
     assert not modules_after(code) & {"torch", "transformers", "llama_cpp"}
 
 
 def test_converting_needs_no_torch_and_no_llama_cpp():
-    loaded = modules_after("import dsq.convert.pipeline, dsq.convert.checkpoint, dsq.convert.inspect")
+    loaded = modules_after(
+        "import dsq.convert.pipeline, dsq.convert.checkpoint, dsq.convert.inspect"
+    )
     assert not loaded & {"torch", "transformers", "llama_cpp", "huggingface_hub"}
 
 

@@ -72,9 +72,7 @@ def rope_entries(spec: ModelSpec) -> list[KeyValue]:
             KeyValue(f"{prefix}.yarn_beta_slow", rope.beta_slow, F32),
         ]
         if rope.attention_factor is not None:
-            entries.append(
-                KeyValue(f"{prefix}.yarn_attn_factor", rope.attention_factor, F32)
-            )
+            entries.append(KeyValue(f"{prefix}.yarn_attn_factor", rope.attention_factor, F32))
     return entries
 
 
@@ -112,8 +110,7 @@ def vocabulary_entries(vocab: Vocabulary) -> list[KeyValue]:
         names = list(vocab.chat_templates)
         entries.append(KeyValue("tokenizer.chat_templates", names, ARRAY, STRING))
         entries += [
-            KeyValue(f"tokenizer.chat_template.{n}", vocab.chat_templates[n], STRING)
-            for n in names
+            KeyValue(f"tokenizer.chat_template.{n}", vocab.chat_templates[n], STRING) for n in names
         ]
     if vocab.tokenizer_json:
         entries.append(KeyValue("tokenizer.huggingface.json", vocab.tokenizer_json, STRING))
@@ -133,7 +130,7 @@ def copied_entries(
             continue  # the writer's own
         if types[key][0] == ARRAY and len(value) == 0:
             continue  # means the same as no key, and gguf-py refuses to write it
-        entries.append(new.pop(key, None) or KeyValue(key, value, *types[key]))
+        entries.append(new.pop(key) if key in new else KeyValue(key, value, *types[key]))
     return entries + list(new.values())
 
 

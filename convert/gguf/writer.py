@@ -98,7 +98,7 @@ def _write_tensor(
     written = 0
     for slab in stream:
         assert slab.job.name == tensor.name, f"{slab.job.name} came where {tensor.name} was due"
-        write_all(out, memoryview(slab.data).cast("B"))
+        write_all(out, slab.bytes)
         written += slab.data.nbytes
         on_bytes(slab.data.nbytes)
         if slab.last:
@@ -114,9 +114,7 @@ def write_all(out: Any, data: bytes | memoryview) -> None:
         view = view[out.write(view) :]
 
 
-def _write_header(
-    path: Path, layout: GgufLayout, index: int, tensors: Sequence[OutTensor]
-) -> None:
+def _write_header(path: Path, layout: GgufLayout, index: int, tensors: Sequence[OutTensor]) -> None:
     import gguf
 
     logging.getLogger("gguf").setLevel(logging.ERROR)
@@ -139,7 +137,11 @@ def _write_header(
         import numpy as np
 
         writer.add_tensor_info(
-            tensor.name, tensor.shape, np.dtype(np.float32), tensor.n_bytes, raw_dtype=tensor.type.id
+            tensor.name,
+            tensor.shape,
+            np.dtype(np.float32),
+            tensor.n_bytes,
+            raw_dtype=tensor.type.id,
         )
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

@@ -21,7 +21,7 @@ from dsq.convert.spec import ARCHITECTURE, ModelSpec
 from dsq.convert.tensor_plan import ROPE_FREQS, TensorStep, half_split_rows
 from dsq.errors import InputError
 from dsq.quant.plan import tensor_order
-from dsq.quant.scheme import BY_NAME, FLOAT_TYPES, F32, GgmlType
+from dsq.quant.scheme import BY_NAME, F32, FLOAT_TYPES, GgmlType
 from dsq.quant.stream import Dither, Job, quantize_stream
 from dsq.tokenizer_port.to_hf import hf_files
 from dsq.tokenizer_port.vocabulary import Vocabulary
@@ -83,7 +83,7 @@ def write_hf(
                 for step in members:
                     for slab in stream:
                         assert slab.job.name == step.name
-                        write_all(file, memoryview(slab.data).cast("B"))
+                        write_all(file, slab.bytes)
                         progress(slab.data.nbytes)
                         if slab.last:
                             break

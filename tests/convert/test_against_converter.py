@@ -56,7 +56,10 @@ def ours(smollm2_hf, tmp_path_factory):
 def test_every_tensor_has_the_converters_bytes(ours, theirs):
     assert set(ours.tensors) == set(theirs.tensors)
     for name, tensor in ours.tensors.items():
-        assert (tensor.type, tensor.shape) == (theirs.tensors[name].type, theirs.tensors[name].shape)
+        assert (tensor.type, tensor.shape) == (
+            theirs.tensors[name].type,
+            theirs.tensors[name].shape,
+        )
         np.testing.assert_array_equal(ours.data(name), theirs.data(name), err_msg=name)
 
 

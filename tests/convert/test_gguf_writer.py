@@ -124,6 +124,8 @@ def test_llama3_scaling_becomes_a_tensor(tmp_path):
     assert "llama.rope.scaling.type" not in gguf_file.metadata
 
 
-@pytest.mark.parametrize("n", [134_515_008, 1_346_471_936, 6_740_512_768, 33_342_991_360, 5_700_000])
+@pytest.mark.parametrize(
+    "n", [134_515_008, 1_346_471_936, 6_740_512_768, 33_342_991_360, 5_700_000]
+)
 def test_size_labels_are_gguf_pys(n):
     assert size_label(n) == gguf.size_label(n, n, 0, 0)

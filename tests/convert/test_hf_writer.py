@@ -87,9 +87,7 @@ def test_the_factor_is_found_by_transformers(tiny_hf):
     model = LlamaForCausalLM.from_pretrained(tiny_hf)
     inv_freq = model.model.rotary_emb.inv_freq.numpy()
     dim = 2 * len(inv_freq)
-    np.testing.assert_allclose(
-        inv_freq, 100000.0 ** -(np.arange(0, dim, 2) / dim) / 4, rtol=1e-5
-    )
+    np.testing.assert_allclose(inv_freq, 100000.0 ** -(np.arange(0, dim, 2) / dim) / 4, rtol=1e-5)
 
 
 def test_the_generation_config_carries_the_variants_ids(tiny_hf):

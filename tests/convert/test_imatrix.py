@@ -43,7 +43,9 @@ def dat_bytes(entries, tail=b""):
 
 
 def test_a_gguf_holds_sums_and_counts(tmp_path):
-    path = write_gguf(tmp_path / "i.gguf", {"blk.0.attn_q.weight": [[2, 4, 6]]}, {"blk.0.attn_q.weight": [[2]]})
+    path = write_gguf(
+        tmp_path / "i.gguf", {"blk.0.attn_q.weight": [[2, 4, 6]]}, {"blk.0.attn_q.weight": [[2]]}
+    )
     imatrix = read_imatrix(path)
     np.testing.assert_array_equal(imatrix.values["blk.0.attn_q.weight"], [1, 2, 3])
     assert (imatrix.datasets, imatrix.n_chunks) == (("code.txt",), 7)

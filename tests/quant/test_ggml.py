@@ -11,8 +11,8 @@ from dsq.quant.scheme import BY_NAME
 
 # Types that gguf-py, whose numpy code is not ours, can dequantize.
 COMMON = (
-    "f16 bf16 q4_0 q4_1 q5_0 q5_1 q8_0 q2_k q3_k q4_k q5_k q6_k iq4_nl iq4_xs iq3_s iq3_xxs tq1_0 "
-    "tq2_0 mxfp4"
+    "f16 bf16 q4_0 q4_1 q5_0 q5_1 q8_0 q2_k q3_k q4_k q5_k q6_k "
+    "iq4_nl iq4_xs iq3_s iq3_xxs tq1_0 tq2_0 mxfp4"
 ).split()
 
 

@@ -97,7 +97,9 @@ def test_every_spelling_of_the_factor_to_position_8191(tmp_path, spelling):
 
 @pytest.mark.parametrize("attention", ["GQA", "MQA"])
 def test_shared_kv_heads_to_position_8191(tmp_path, attention):
-    assert largest_difference(tmp_path, config(num_key_value_heads=ATTENTION[attention])) < TOLERANCE
+    assert (
+        largest_difference(tmp_path, config(num_key_value_heads=ATTENTION[attention])) < TOLERANCE
+    )
 
 
 @pytest.mark.parametrize("kind", OTHER_KINDS)
