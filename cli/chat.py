@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import argparse
 import sys
+from contextlib import suppress
+from typing import TYPE_CHECKING
 
 from dsq.cli import common
+from dsq.errors import InputError
+
+if TYPE_CHECKING:
+    from dsq.runtime.chat import ChatSession
 
 DESCRIPTION = (
     "Talk to an instruct model. /reset forgets, /exit (or Ctrl-D) leaves; Ctrl-C stops an answer\n"
@@ -52,10 +58,7 @@ def run(args: argparse.Namespace) -> int:
         engine.close()
 
 
-def _once(session: object, prompt: str, *, as_json: bool) -> int:
-    from dsq.runtime.chat import ChatSession
-
-    assert isinstance(session, ChatSession)
+def _once(session: ChatSession, prompt: str, *, as_json: bool) -> int:
     text = ""
     for piece in session.send(prompt):
         text += piece
@@ -77,17 +80,11 @@ def _once(session: object, prompt: str, *, as_json: bool) -> int:
     return 0
 
 
-def _converse(session: object) -> int:
-    from dsq.errors import InputError
-    from dsq.runtime.chat import ChatSession
-
-    assert isinstance(session, ChatSession)
+def _converse(session: ChatSession) -> int:
     interactive = sys.stdin.isatty()
     if interactive:
-        try:
+        with suppress(ImportError):
             import readline  # noqa: F401  (line editing and history for input())
-        except ImportError:
-            pass
     while True:
         try:
             line = input("> " if interactive else "")

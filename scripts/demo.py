@@ -16,6 +16,11 @@ TEXT = TINY_CODER / "heldout.txt"
 OUT = ROOT / "demo"
 TYPES = ("q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_0")
 CHUNKS = "8"
+HOLE = (
+    "class Stack:\n    def __init__(self):\n        self.items = []\n\n"
+    "    def push(self, item):\n        self.items.",
+    "\n\n    def pop(self):\n        return self.items.pop()\n",
+)
 
 
 def title(text: str) -> None:
@@ -85,8 +90,7 @@ def main() -> None:
     tiny = OUT / "tiny-coder-q8_0.gguf"
     print("(SmolLM2 knows no fill-in-the-middle; tiny-coder, 5 M weights, does.)")
     show("quantize", "q8_0", TINY_CODER, "-o", tiny, "--force")
-    prefix = "class Stack:\n    def __init__(self):\n        self.items = []\n\n    def push(self, item):\n        self.items."
-    suffix = "\n\n    def pop(self):\n        return self.items.pop()\n"
+    prefix, suffix = HOLE
     hole = run("complete", tiny, "-p", prefix, "--suffix", suffix, "-n", "12", "--json", show=False)
     print(f"$ dsq complete {tiny.relative_to(ROOT)} -p … --suffix …")
     print(f"{prefix}\033[7m{json.loads(hole)['text']}\033[0m{suffix}")

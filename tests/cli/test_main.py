@@ -85,7 +85,10 @@ def test_convert_inspect_and_back(tmp_path, capsys):
 def test_inspect_json_has_the_promised_keys(capsys):
     assert main(["inspect", str(TINY_CODER), "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
-    promised = ["format", "architecture", "n_params", "rope", "n_ctx", "tokenizer", "tensors_by_type", "size_bytes", "bpw", "memory_at_ctx"]
+    promised = (
+        "format architecture n_params rope n_ctx tokenizer tensors_by_type "
+        "size_bytes bpw memory_at_ctx"
+    ).split()
     assert set(promised) <= set(report)
     tokenizer = ["kind", "pre", "n_tokens", "bos", "eos", "eot", "fim", "add_bos"]
     assert set(tokenizer) <= set(report["tokenizer"])
