@@ -45,8 +45,6 @@ def _load(path: Path) -> dict[str, torch.Tensor]:
             f"{path}: reading .bin checkpoints needs torch; pip install 'dsq[torch]', or give a "
             f"checkpoint in safetensors"
         ) from error
-    if not path.is_file():
-        raise InputError(f"{path}: there is no such file")
     try:
         # weights_only refuses pickles that would run code; only zip archives can be mapped
         loaded = torch.load(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -232,8 +233,27 @@ def compare_tensors(
                     reason=None if ok else reason(name, artifact, source, errors, bad, bound),
                 )
             )
+            release(ours.raw)
+            release(theirs.raw)
             progress(ours.info.n_bytes)
     return reports
+
+
+def release(view: npt.NDArray[np.uint8]) -> None:
+    """Let go of a mapped tensor's pages, so that resident memory is one tensor, not the model.
+
+    Reading it again brings them back. Does nothing for arrays that are no part of a mapped file.
+    """
+    base: Any = view
+    while isinstance(base, np.ndarray):
+        base = base.base
+    if not isinstance(base, mmap.mmap) or not hasattr(base, "madvise") or not view.size:
+        return
+    start = view.ctypes.data - np.frombuffer(base, np.uint8).ctypes.data
+    first = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
+    last = (start + view.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+    if last > first:
+        base.madvise(mmap.MADV_DONTNEED, first, last - first)
 
 
 def row_errors(ours: StoredTensor, theirs: StoredTensor, pool: ThreadPoolExecutor) -> RowErrors:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -34,3 +35,12 @@ def smollm2_gguf() -> Path:
 def llama_cpp_source() -> Path:
     """The llama.cpp source tree that llama-cpp-python vendors."""
     return peer("llama_cpp_python-*/vendor/llama.cpp")
+
+
+def pytest_unconfigure() -> None:
+    """llama_cpp leaves two handles on /dev/null open; close them, so that nothing complains."""
+    module = sys.modules.get("llama_cpp._utils")
+    for name in ("outnull_file", "errnull_file"):
+        handle = getattr(module, name, None)
+        if handle is not None:
+            handle.close()

@@ -39,8 +39,6 @@ def spec_from_gguf(gguf: GgufFile) -> ModelSpec:
 def _spec(gguf: GgufFile) -> ModelSpec:
     meta, tensors = gguf.metadata, gguf.tensors
     arch = meta.get("general.architecture")
-    if arch is None:
-        raise InputError("general.architecture is missing; is this a model?")
     if arch != ARCH:
         raise UnsupportedError(
             f"general.architecture is {arch!r}, which is not supported (supported: {ARCH})"

@@ -134,6 +134,11 @@ def test_tied_model_with_lm_head(tmp_path: Path) -> None:
     assert HEAD not in open_checkpoint(tmp_path).tensors
     save_file({**weights, HEAD: weights[EMBED] + 1}, path)
     refused(tmp_path, "says tie_word_embeddings, but lm_head.weight differs")
+    save_file({**weights, HEAD: weights[EMBED].reshape(16, 11)}, path)
+    refused(tmp_path, "says tie_word_embeddings, but lm_head.weight differs")
+    weights[HEAD] = weights.pop(EMBED)
+    save_file(weights, path)
+    refused(tmp_path, "tensor 'model.embed_tokens.weight' is missing")
 
 
 def test_biases(tmp_path: Path) -> None:
@@ -434,12 +439,14 @@ def test_gguf_tied_biases_and_defaults(tmp_path: Path) -> None:
             "llama.attention.head_count_kv",
             "llama.rope.dimension_count",
             "tokenizer.ggml.bos_token_id",
+            "tokenizer.ggml.eos_token_id",
         )
     )
     path = write_gguf(tmp_path / "m.gguf", gguf_weights(**changes), metadata)
     spec = open_checkpoint(path).spec
     assert (spec.tied, spec.attention_bias, spec.mlp_bias) == (True, True, False)
-    assert (spec.n_head_kv, spec.head_dim, spec.bos_id) == (4, 4, None)
+    assert (spec.n_head_kv, spec.head_dim) == (4, 4)
+    assert (spec.bos_id, spec.eos_ids) == (None, ())
 
 
 def test_gguf_head_dim_from_key_length(tmp_path: Path) -> None:
