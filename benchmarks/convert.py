@@ -21,6 +21,7 @@ from benchmarks.models import (
     smollm2,
     weight_files,
 )
+from benchmarks.peers import ROOT
 from benchmarks.results import Goal, Section, spread, table
 from benchmarks.settings import Settings, dsq, remove, say
 from dsq.convert.gguf.reader import read_gguf
@@ -32,6 +33,9 @@ GOALS = {
 }
 COPY_GOAL = Goal(1.3)
 INSIDE_GOAL = Goal(85, at_least=True, unit="%")
+# Two goals are for a model of full size: half of SmolLM2's second is Python starting, and its
+# 576-wide rows get no K-quants.
+FULL_SIZE = "1.3b"
 TWO_STEPS, ONE_STEP = "two steps", "`--outtype q8_0`"
 
 
@@ -108,8 +112,15 @@ def _measure(settings: Settings, name: str, source: Path, kind: str) -> Measured
                 if i == 0:
                     found.identical[road] = compare(ours, theirs)
             _quiet(source, ours, theirs, bf16)
-            inside = [sys.executable, "-m", "benchmarks.inside", source, kind, ours]
-            found.inside.append(json.loads(run(inside).output))
+            inside: list[str | Path] = [
+                sys.executable,
+                "-m",
+                "benchmarks.inside",
+                source,
+                kind,
+                ours,
+            ]
+            found.inside.append(json.loads(run(inside, cwd=ROOT).output))
     finally:
         remove((ours, bf16, theirs))
     return found
@@ -184,14 +195,15 @@ def _report(
         "(`benchmarks/inside.py`): thread time in each function.\n\n"
         + table(
             ["type", "ggml's quantizer", "goal", "to float32", "finite?", "all of the CPU time"],
-            [_inside(kind, measured) for kind, measured in found.items()],
+            [_inside(name, kind, measured) for kind, measured in found.items()],
         )
     )
     q8 = median(found["q8_0"].our_seconds)
     ratio = q8 / median(copies)
+    verdict = f" ({COPY_GOAL.verdict(ratio)})" if name == FULL_SIZE else ""
     parts.append(
-        f"Copying the checkpoint's {size} (`cp`, then `fsync`): {spread(copies)} s. dsq q8_0, which "
-        f"also ends with `fsync`: {q8:.2f} s, {ratio:.2f} × ({COPY_GOAL.verdict(ratio)})."
+        f"Copying the checkpoint's {size} (`cp`, then `fsync`): {spread(copies)} s. dsq q8_0, "
+        f"which also ends with `fsync`: {q8:.2f} s, {ratio:.2f} ×{verdict}."
     )
     return "\n\n".join(parts)
 
@@ -231,7 +243,7 @@ def _detail(kind: str, measured: Measured) -> list[str]:
     ]
 
 
-def _inside(kind: str, measured: Measured) -> list[str]:
+def _inside(name: str, kind: str, measured: Measured) -> list[str]:
     def share(key: str) -> float:
         return 100 * median(r[key] / (r["seconds"] * r["cores"]) for r in measured.inside)
 
@@ -239,7 +251,7 @@ def _inside(kind: str, measured: Measured) -> list[str]:
     return [
         kind,
         f"{quantizing:.0f} %",
-        INSIDE_GOAL.verdict(quantizing) if kind.endswith(("_k", "_k_m", "_k_s")) else "",
+        INSIDE_GOAL.verdict(quantizing) if kind == "q4_k_m" and name == FULL_SIZE else "",
         f"{share('to_float'):.0f} %",
         f"{share('finite'):.0f} %",
         f"{share('cpu'):.0f} %",

@@ -40,15 +40,15 @@ def benchmark(settings: Settings) -> Section:
     body = (
         f"{'A random model' if settings.quick else 'SmolLM2-135M-Instruct'} on "
         f"`{settings.text.name}`: {settings.chunks} windows of {N_CTX} tokens, the second half of "
-        f"each scored, {settings.threads} threads, both sides in turn. {_HOW}\n\n"
+        f"each scored, {settings.threads} threads, both sides in turn.\n{_HOW}\n\n"
         + table([*header, "dsq's PPL", "peer's PPL", "difference ÷ printed error"], rows)
     )
     return Section("eval", "Evaluation", body)
 
 
 _HOW = """\
-(The weights are SmolLM2's with noise of 0.3 of each Q4_1 block's step, `--dither 0.3`; the GGUF
-files are dsq's.) Tokens per second count all tokens of the windows. dsq reports its own: computing
+(SmolLM2's weights lie on Q4_1's grid, so noise of 0.3 of each block's step was added, `--dither
+0.3`; the GGUF files are dsq's.) Tokens per second count all tokens of the windows. dsq reports its own: computing
 logits and scoring them, without loading and tokenizing. llama-perplexity prints no such figure, so
 it is computed from its own log's timestamps (`--log-timestamps`), from "calculating perplexity" to
 "Final estimate": the same work, loading and tokenizing left out. Its warm-up run lies before that;

@@ -74,9 +74,10 @@ def smollm2(folder: Path) -> Path:
     """SmolLM2 as a bf16 Hugging Face directory, off its old Q4_1 grid by seeded noise."""
     out = folder / "smollm2"
     if not out.exists():
-        dsq = [sys.executable, "-m", "dsq.cli.main", "convert", SMOLLM2_GGUF, "--json"]
-        options = ["--to", "hf", "--outtype", "bf16", "--dither", DITHER, "-o", out]
-        subprocess.run([*dsq, *options], check=True, stdout=subprocess.DEVNULL)
+        need(folder, 300_000_000)
+        options = ["--to", "hf", "--outtype", "bf16", "--dither", DITHER, "-o", str(out), "--json"]
+        dsq = [sys.executable, "-m", "dsq.cli.main", "convert", str(SMOLLM2_GGUF), *options]
+        subprocess.run(dsq, check=True, stdout=subprocess.DEVNULL)
     return out
 
 
@@ -139,7 +140,7 @@ class _Noise:
         start = int(self._rng.integers(_TILE_VALUES))
         while n:
             part = self._tile[start : start + n]
-            file.write(memoryview(part).cast("B"))
+            file.write(part.view(np.uint8).data)
             n -= len(part)
             start = 0
 

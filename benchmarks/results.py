@@ -77,8 +77,9 @@ def conditions(peers: Peers | None, repeat: int, before: CpuTimes, busy: float) 
         converter = [f"{name} {version(name)}" for name in ("torch", "transformers")]
         lines.append(f"- peer: {peers.version}; its converter runs on {', '.join(converter)}")
     lines.append(
-        f"- the machine was {100 * busy:.0f} % busy before the run; during it {100 * busy_now:.0f} % "
-        f"of the processor time was used and {100 * stolen:.1f} % was taken by the host's other guests"
+        f"- the machine was {100 * busy:.0f} % busy before the run; during it "
+        f"{100 * busy_now:.0f} % of the processor time was used, and {100 * stolen:.1f} % was "
+        "taken by the host's other guests"
     )
     return "\n".join(lines)
 

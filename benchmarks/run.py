@@ -39,7 +39,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--work",
         type=Path,
-        default=ROOT / ".cache" / "bench",
+        default=ROOT / ".cache",
         help="where models are made: 9 GB for convert, 22 GB for memory",
     )
     p.add_argument("--keep", action="store_true", help="leave the models there for the next run")
@@ -52,7 +52,7 @@ def main() -> int:
     if unknown:
         parser().error(f"no benchmark {', '.join(sorted(unknown))}; there are {', '.join(MODULES)}")
     settings = Settings(
-        work=args.work.resolve(),
+        work=args.work.resolve() / "dsq-bench",  # a folder of its own: it is removed at the end
         repeat=1 if args.quick else args.repeat,
         quick=args.quick,
         text=args.text.resolve(),

@@ -89,6 +89,11 @@ class Rope:
             np.where(ratio < self.low_freq_factor, self.factor, middle),
         )
 
+    @property
+    def yarn_mscale(self) -> float:
+        """The YaRN paper's attention factor, which runtimes take when none is given."""
+        return 0.1 * math.log(self.factor) + 1.0 if self.factor > 1 else 1.0
+
     def _yarn(
         self, base: npt.NDArray[np.float64], head_dim: int
     ) -> tuple[npt.NDArray[np.float64], float]:
@@ -107,7 +112,7 @@ class Rope:
         )
         scale = self.attention_factor
         if scale is None:
-            scale = _yarn_attention(self.factor)
+            scale = self.yarn_mscale
         return base / self.factor * ramp + base * (1 - ramp), scale
 
     def to_config(self) -> dict[str, Any]:
@@ -243,11 +248,6 @@ def _refuse_partial(key: str, config: Mapping[str, Any]) -> None:
         raise UnsupportedError(f"config.json: {key} is not supported")
 
 
-def _yarn_attention(factor: float) -> float:
-    """The cos/sin multiplier that YaRN infers from its factor (the paper's 1/sqrt(t))."""
-    return 0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0
-
-
 def rope_from_gguf(
     metadata: Mapping[str, Any],
     arch: str,
@@ -278,23 +278,19 @@ def rope_from_gguf(
         return Rope(freq_base=base)
     if kind == "linear":
         return Rope(freq_base=base, kind=kind, factor=factor)
-    # llama.cpp's converter writes the config's attention_factor as yarn_attn_factor;
-    # attn_factor, which llama.cpp multiplies by, comes on top of what YaRN infers.
+    # attn_factor, which llama.cpp multiplies by, comes on top of what YaRN infers. Its converter
+    # writes the config's attention_factor as yarn_attn_factor, which the runtime overwrites.
     attention: float | None = None
-    if f"{prefix}.yarn_attn_factor" in metadata:
-        attention = _gguf_number(metadata, f"{prefix}.yarn_attn_factor", 0.0)
-    elif f"{prefix}.attn_factor" in metadata:
+    if f"{prefix}.attn_factor" in metadata:
         on_top = _gguf_number(metadata, f"{prefix}.attn_factor", 1.0)
-        attention = on_top * _yarn_attention(factor)
+        attention = on_top * Rope(base, factor=factor).yarn_mscale
     context = _gguf_number(metadata, f"{arch}.context_length", 0.0)
     return Rope(
         freq_base=base,
         kind=kind,
         factor=factor,
         n_ctx_orig=int(_gguf_number(metadata, f"{prefix}.original_context_length", context)),
-        attention_factor=attention,
-        beta_fast=_gguf_number(metadata, f"{prefix}.yarn_beta_fast", 32.0),
-        beta_slow=_gguf_number(metadata, f"{prefix}.yarn_beta_slow", 1.0),
+        attention_factor=attention,  # the betas' keys are read by other architectures only
     )
 
 

@@ -9,6 +9,7 @@ type. Hidden states enter as embeddings and leave as the last layer's output.
 from __future__ import annotations
 
 import ctypes
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -64,6 +65,12 @@ def twin(artifact: GgufCheckpoint, part: Slice, threads: int) -> Iterator[GgufFi
     tensors = [OutTensor(j.name, shape, F32, 4 * int(np.prod(shape))) for j, shape in jobs]
     layout = gguf_layout(_entries(artifact.gguf, part, tensors), tensors)
     with TemporaryDirectory(prefix="dsq-verify-") as folder:
+        free = shutil.disk_usage(folder).free
+        if layout.data_bytes > free:
+            raise DsqError(
+                f"{Path(folder).parent} has {free / 2**30:.1f} GiB free, but layers in float32 "
+                f"need {layout.data_bytes / 2**30:.1f} GiB; set TMPDIR to a larger disk"
+            )
         path = Path(folder) / "twin.gguf"
         write_gguf(path, layout, quantize_stream((j for j, _ in jobs), threads=threads))
         yield read_gguf(path)

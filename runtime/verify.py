@@ -175,7 +175,7 @@ class _Run:
         theirs = self.theirs
         texts = list(corpus(theirs))
         if isinstance(self.artifact, GgufCheckpoint):
-            with LlamaVocab(self.artifact.path) as vocab:
+            with self._llama_vocab(self.artifact) as vocab:
                 found = parity(theirs, vocab.encode, texts)
         else:
             tokenizer = Tokenizer.from_vocabulary(self.ours)
@@ -184,6 +184,10 @@ class _Run:
             )
         agreed = f"{len(texts)} texts give the source's tokens"
         return _answer(name, [str(mismatch) for mismatch in found], agreed, texts=len(texts))
+
+    def _llama_vocab(self, artifact: GgufCheckpoint) -> LlamaVocab:
+        _ = self.ours  # llama.cpp ends the process over some vocabularies that this refuses
+        return LlamaVocab(artifact.path)
 
     def logits_checks(self) -> list[Check]:
         names = ("logits_short", "logits_long", "runs")
@@ -211,7 +215,7 @@ class _Run:
         """The probe as llama.cpp reads it with the artifact, and as the source reads it."""
         text = verify_logits.PROBE_TEXT
         theirs = Tokenizer.from_vocabulary(self.theirs).encode(text)
-        with LlamaVocab(artifact.path) as vocab:
+        with self._llama_vocab(artifact) as vocab:
             ours = vocab.encode(text, add_special=True)
         if len(ours) != len(theirs):
             first = next(
@@ -225,6 +229,7 @@ class _Run:
 
     def runs(self, path: Path, ids: Any, short: LogitsResult | None) -> Check:
         """The artifact as it is, quantized, loads in llama.cpp and gives finite logits."""
+        _ = self.ours  # see _llama_vocab
         if ids is None:
             ids = np.zeros(1, np.int32)
         ids = ids[: verify_logits.N_SHORT]

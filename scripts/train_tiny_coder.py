@@ -8,7 +8,7 @@ Recipe
                and post-processor, then DeepSeek's 22 added tokens
     model      LlamaForCausalLM, 4 layers of 256, RoPE base 100000 with linear factor 4, untied
     samples    half of the rows are plain source (one BOS, then a window of a file, EOS where the
-               file ends), half are fill-in-the-middle, prefix-suffix-middle:
+               file ends), half are for filling in:
                BOS <fim begin> prefix <fim hole> suffix <fim end> middle EOS
     training   4096 tokens a step, rows of 512 (every fifth step 1024 or 2048), float32,
                Muon for the matrices inside the layers, AdamW for the rest, warm-up, then cosine;
@@ -28,7 +28,6 @@ import math
 import random
 import re
 import sysconfig
-import time
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -227,8 +226,8 @@ def next_token_loss(model: LlamaForCausalLM, ids: Tensor, reduction: str) -> Ten
     return F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction=reduction)
 
 
-def train(out: Path, steps: int, seed: int) -> None:
-    torch.manual_seed(seed)
+def train(out: Path, steps: int, done: int, seed: int) -> None:
+    torch.manual_seed(seed + done)
     training, held_out = read_corpus()
     texts = [text for _, text in training]
     tokenizer = train_tokenizer(texts)
@@ -238,24 +237,26 @@ def train(out: Path, steps: int, seed: int) -> None:
     print(f"{len(texts)} files, {sum(map(len, texts))} characters; {len(held_out)} held out")
 
     model = new_model(CONFIG)
+    if done:
+        model.load_state_dict(read_weights(out))
     inner = [p for n, p in model.named_parameters() if ".layers." in n and p.ndim == 2]
     outer = [p for p in model.parameters() if all(p is not other for other in inner)]
     optimizers = [Muon(inner, 0.02), torch.optim.AdamW(outer, 4e-3, (0.9, 0.95), weight_decay=0.01)]
 
     def rate_at(step: int) -> float:
-        return min(1.0, (step + 1) / 40) * (0.01 + 0.99 * math.cos(step / steps * math.pi / 2) ** 2)
+        warm = min(1.0, (step + 1) / 40)
+        return warm * (0.01 + 0.99 * math.cos((done + step) / steps * math.pi / 2) ** 2)
 
     schedules = [torch.optim.lr_scheduler.LambdaLR(o, rate_at) for o in optimizers]
-    batches = Sampler(texts, tokenizer, seed).batches()
+    batches = Sampler(texts, tokenizer, seed + done).batches()
     pool = ThreadPoolExecutor(WORKERS, initializer=torch.set_num_threads, initargs=(1,))
     weights = list(model.parameters())
-    started = saved = time.monotonic()
 
     def loss_and_gradients(rows: Tensor) -> tuple[Tensor, ...]:
         loss = next_token_loss(model, rows, "mean")
         return loss.detach(), *torch.autograd.grad(loss, weights)
 
-    for step in range(1, steps + 1):
+    for step in range(done + 1, steps + 1):
         parts = list(pool.map(loss_and_gradients, next(batches).chunk(PARTS)))
         loss, *gradients = (sum(values) / len(parts) for values in zip(*parts, strict=True))
         for weight, gradient in zip(weights, gradients, strict=True):
@@ -264,11 +265,8 @@ def train(out: Path, steps: int, seed: int) -> None:
         for optimizer, schedule in zip(optimizers, schedules, strict=True):
             optimizer.step()
             schedule.step()
-        if step % 20 == 0:
-            rate = step * STEP_TOKENS / (time.monotonic() - started)
-            print(f"step {step}/{steps} loss {loss.item():.3f} {rate:.0f} tokens/s", flush=True)
-        if step == steps or time.monotonic() - saved > 240:
-            saved = time.monotonic()
+        if step % 20 == 0 or step == steps:
+            print(f"step {step}/{steps} loss {loss.item():.3f}", flush=True)
             save_weights(out, model)
 
 
@@ -278,6 +276,10 @@ def save_weights(out: Path, model: LlamaForCausalLM) -> None:
     save_file(weights, part, metadata={"format": "pt"})
     part.chmod(0o644)
     part.replace(out / "model.safetensors")
+
+
+def read_weights(out: Path) -> dict[str, Tensor]:
+    return {n: w.float() for n, w in load_file(out / "model.safetensors").items()}
 
 
 def write_settings(out: Path, tokenizer: Tokenizer) -> None:
@@ -311,7 +313,7 @@ def evaluate(out: Path) -> None:
     The text is cut into windows of 511 tokens, each after one BOS; every token of it counts.
     """
     text = (out / "heldout.txt").read_bytes().decode()
-    weights = {n: w.float() for n, w in load_file(out / "model.safetensors").items()}
+    weights = read_weights(out)
     print(f"{sum(w.numel() for w in weights.values())} parameters, {len(text.encode())} bytes")
     tokenizer = Tokenizer.from_file(str(out / "tokenizer.json"))
     factor_1 = {**CONFIG, "rope_scaling": {"factor": 1.0, "type": "linear"}}
@@ -325,11 +327,8 @@ def evaluate(out: Path) -> None:
         ids = tokenizer.encode(text, add_special_tokens=False).ids
         windows = [[ID[BOS], *ids[i : i + 511]] for i in range(0, len(ids), 511)]
         nats = sum(next_token_loss(model, torch.tensor([w]), "sum").item() for w in windows)
-        per_byte = nats / math.log(2) / len(text.encode())
-        perplexity = math.exp(nats / len(ids))
-        print(
-            f"{label}: {len(ids)} tokens, perplexity {perplexity:.3f}, {per_byte:.4f} bits a byte"
-        )
+        perplexity, bits = math.exp(nats / len(ids)), nats / math.log(2) / len(text.encode())
+        print(f"{label}: {len(ids)} tokens, perplexity {perplexity:.3f}, {bits:.4f} bits a byte")
 
 
 def main() -> None:
@@ -337,11 +336,12 @@ def main() -> None:
     parser.add_argument("action", choices=["train", "evaluate"])
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--done", type=int, default=0, help="go on after so many steps")
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.action == "train":
-        train(options.out, options.steps, options.seed)
+        train(options.out, options.steps, options.done, options.seed)
     evaluate(options.out)
 
 

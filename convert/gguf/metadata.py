@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dsq.convert.spec import ModelSpec
+from dsq.errors import UnsupportedError
 from dsq.tokenizer_port.vocabulary import Vocabulary
 
 U32, I32, F32, BOOL, STRING, ARRAY, U64 = 4, 5, 6, 7, 8, 9, 10  # GGUFValueType
@@ -57,7 +58,10 @@ def model_entries(spec: ModelSpec, *, name: str, n_params: int, file_type: int) 
 
 
 def rope_entries(spec: ModelSpec) -> list[KeyValue]:
-    """The RoPE keys. llama3 scaling has none: it is the tensor `rope_freqs.weight`."""
+    """The RoPE keys. llama3 scaling has none: it is the tensor `rope_freqs.weight`.
+
+    Raises UnsupportedError for what llama.cpp would read past.
+    """
     rope, prefix = spec.rope, f"{ARCH}.rope.scaling"
     entries = [KeyValue(f"{ARCH}.rope.freq_base", rope.freq_base, F32)]
     if rope.kind in ("linear", "yarn"):
@@ -68,11 +72,17 @@ def rope_entries(spec: ModelSpec) -> list[KeyValue]:
     if rope.kind == "yarn":
         entries += [
             KeyValue(f"{prefix}.original_context_length", rope.n_ctx_orig, U32),
-            KeyValue(f"{prefix}.yarn_beta_fast", rope.beta_fast, F32),
-            KeyValue(f"{prefix}.yarn_beta_slow", rope.beta_slow, F32),
         ]
+        if (rope.beta_fast, rope.beta_slow) != (32.0, 1.0):
+            raise UnsupportedError(
+                f"yarn with beta_fast {rope.beta_fast:g} and beta_slow {rope.beta_slow:g}: "
+                f"llama.cpp knows only 32 and 1 for this architecture"
+            )
         if rope.attention_factor is not None:
-            entries.append(KeyValue(f"{prefix}.yarn_attn_factor", rope.attention_factor, F32))
+            # llama.cpp multiplies its own mscale by this (llama-context.cpp), and ignores the
+            # yarn_attn_factor that its converter writes.
+            times = rope.attention_factor / rope.yarn_mscale
+            entries.append(KeyValue(f"{prefix}.attn_factor", times, F32))
     return entries
 
 

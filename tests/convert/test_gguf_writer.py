@@ -13,7 +13,7 @@ from dsq.convert.checkpoint import open_checkpoint
 from dsq.convert.gguf.metadata import size_label
 from dsq.convert.gguf.reader import read_gguf
 from dsq.convert.pipeline import plan_gguf, run_gguf_plan
-from dsq.errors import InputError
+from dsq.errors import InputError, UnsupportedError
 from dsq.quant.presets import PRESETS
 from tests.models import TINY_CODER, llama_config, write_hf
 
@@ -129,3 +129,15 @@ def test_llama3_scaling_becomes_a_tensor(tmp_path):
 )
 def test_size_labels_are_gguf_pys(n):
     assert size_label(n) == gguf.size_label(n, n, 0, 0)
+
+
+def test_yarn_betas_that_llama_cpp_would_ignore_are_refused(tmp_path):
+    scaling = {
+        "type": "yarn",
+        "factor": 4.0,
+        "original_max_position_embeddings": 4096,
+        "beta_fast": 16,
+    }
+    source = write_hf(tmp_path / "hf", llama_config(rope_scaling=scaling))
+    with pytest.raises(UnsupportedError, match="beta_fast 16"):
+        make(source, tmp_path / "m.gguf")

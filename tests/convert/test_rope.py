@@ -50,9 +50,43 @@ def test_no_scaling(config: dict[str, Any]) -> None:
     assert rope_from_config(config) == Rope(freq_base=10000.0)
 
 
-@pytest.mark.parametrize("rope", [Rope(), LINEAR_4, LLAMA3, Rope(1e4, "yarn", 8.0, 4096)])
+@pytest.mark.parametrize(
+    "rope",
+    [
+        Rope(),
+        Rope(freq_base=12345.5),
+        LINEAR_4,
+        LLAMA3,
+        Rope(1e4, "yarn", 8.0, 4096),
+        Rope(1e4, "yarn", 8.0, 4096, attention_factor=1.5, beta_fast=16.0, beta_slow=2.0),
+    ],
+)
 def test_to_config_is_read_back(rope: Rope) -> None:
     assert rope_from_config(rope.to_config()) == rope
+
+
+def test_base_in_rope_parameters_alone() -> None:
+    parameters = {"rope_type": "linear", "factor": 4.0, "rope_theta": 100000.0}
+    config = {"rope_scaling": {"type": "linear", "factor": 4.0}, "rope_parameters": parameters}
+    assert rope_from_config(config) == LINEAR_4
+
+
+def test_base_in_rope_scaling_alone() -> None:
+    scaling = {"type": "linear", "factor": 4.0, "rope_theta": 100000.0}
+    assert rope_from_config({"rope_scaling": scaling}) == LINEAR_4
+
+
+def test_yarn_takes_the_context_for_the_original_one() -> None:
+    config = {"max_position_embeddings": 4096, "rope_scaling": {"type": "yarn", "factor": 8.0}}
+    assert rope_from_config(config) == Rope(1e4, "yarn", 8.0, 4096)
+    config["original_max_position_embeddings"] = 2048
+    assert rope_from_config(config) == Rope(1e4, "yarn", 8.0, 2048)
+
+
+def test_linear_divides_positions() -> None:
+    plain, scaled = Rope(1e5).inv_freq(8)[0], LINEAR_4.inv_freq(8)[0]
+    np.testing.assert_allclose(plain, [1e5 ** (-2 * i / 8) for i in range(4)])
+    np.testing.assert_array_equal(plain / 4, scaled)
 
 
 def test_linear_config_suits_exllamav2() -> None:
@@ -227,12 +261,12 @@ def test_gguf_yarn() -> None:
         f"{SCALING}.yarn_beta_fast": 16.0,
     }
     rope = rope_from_gguf(metadata, "llama")
-    assert rope == Rope(10000.0, "yarn", 4.0, 4096, beta_fast=16.0)
-    absolute = rope_from_gguf({**metadata, f"{SCALING}.yarn_attn_factor": 1.5}, "llama")
-    assert absolute.attention_factor == 1.5
+    assert rope == Rope(10000.0, "yarn", 4.0, 4096)  # llama.cpp does not read the beta there
+    # the runtime reads no yarn_attn_factor for llama, so neither do we
+    assert rope_from_gguf({**metadata, f"{SCALING}.yarn_attn_factor": 1.5}, "llama") == rope
     # attn_factor multiplies what YaRN infers: 0.1 ln 4 + 1
-    on_top = rope_from_gguf({**metadata, f"{SCALING}.attn_factor": 1.0}, "llama")
-    assert on_top.inv_freq(64)[1] == pytest.approx(rope.inv_freq(64)[1])
+    on_top = rope_from_gguf({**metadata, f"{SCALING}.attn_factor": 2.0}, "llama")
+    assert on_top.inv_freq(64)[1] == pytest.approx(2 * rope.inv_freq(64)[1])
 
 
 def test_gguf_llama3_is_found_from_its_factors() -> None:

@@ -131,7 +131,7 @@ def test_a_missing_file_and_a_file_that_is_no_model(tmp_path: Path) -> None:
 def test_a_damaged_model_names_what_llama_cpp_says(tiny: Path, tmp_path: Path) -> None:
     cut = tmp_path / "cut.gguf"
     cut.write_bytes(tiny.read_bytes()[:-5000])
-    with pytest.raises(InputError, match="tensor .* is not within the file bounds"):
+    with pytest.raises(InputError, match=r"tensor .* is not within the file bounds"):
         LlamaCppEngine(cut)
 
 

@@ -57,6 +57,15 @@ OTHER_KINDS = {
             "original_max_position_embeddings": 4096,
         },
     },
+    "yarn with its own attention factor": {
+        "rope_theta": 100000,
+        "rope_scaling": {
+            "rope_type": "yarn",
+            "factor": 4.0,
+            "original_max_position_embeddings": 4096,
+            "attention_factor": 1.3,
+        },
+    },
 }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from dsq.convert.hf.writer import write_hf as write_hf_directory
 from dsq.convert.imatrix import Imatrix
 from dsq.convert.pipeline import plan_gguf, run_gguf_plan
 from dsq.convert.tensor_plan import half_split_rows, interleaved_rows
-from dsq.convert.verify_tensors import ERROR_BOUND, error_bound
+from dsq.convert.verify_tensors import ERROR_BOUND, error_bound, release
 from dsq.errors import InputError
 from dsq.quant import ggml
 from dsq.quant.presets import preset
@@ -371,6 +372,33 @@ def test_transposed_and_scaled(source: Path, tmp_path: Path) -> None:
     found = failed(verify(wrong, source, logits=False))["tensors"]
     assert "blk.0.attn_output.weight: it is transposed" in found
     assert "blk.0.ffn_up.weight: it is the source's times 2" in found
+
+
+def test_a_token_twice(source: Path, q8_0: Path, tmp_path: Path) -> None:
+    """llama.cpp would end the process; here it is four checks that fail."""
+    tokens = list(read_gguf(q8_0).metadata["tokenizer.ggml.tokens"])
+    tokens[60] = tokens[61]
+    wrong = rewrite(q8_0, tmp_path / "a.gguf", metadata={"tokenizer.ggml.tokens": tokens})
+    found = failed(verify(wrong, source))
+    assert "tokens 60 and 61 are both" in found["token_ids"]
+    assert set(found) == ALL - {"tensors", "hyperparameters", "rope"}
+
+
+def test_no_room_for_twins(
+    source: Path, q8_0: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda path: shutil._ntuple_diskusage(1, 1, 0))
+    found = failed(verify(q8_0, source))
+    assert "set TMPDIR to a larger disk" in found["logits_short"]
+    assert set(found) == {"logits_short", "logits_long"}
+
+
+def test_released_pages_come_back(q8_0: Path) -> None:
+    data = open_checkpoint(q8_0).data("token_embd.weight")
+    before = hashlib.sha256(data).hexdigest()
+    release(data)
+    assert hashlib.sha256(data).hexdigest() == before
+    release(np.zeros(10_000, np.uint8))  # no mapped file: nothing happens
 
 
 def test_missing_tensor(source: Path, q8_0: Path, tmp_path: Path) -> None:
