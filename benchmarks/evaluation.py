@@ -48,11 +48,11 @@ def benchmark(settings: Settings) -> Section:
 
 _HOW = """\
 (SmolLM2's weights lie on Q4_1's grid, so noise of 0.3 of each block's step was added, `--dither
-0.3`; the GGUF files are dsq's.) Tokens per second count all tokens of the windows. dsq reports its own: computing
-logits and scoring them, without loading and tokenizing. llama-perplexity prints no such figure, so
-it is computed from its own log's timestamps (`--log-timestamps`), from "calculating perplexity" to
-"Final estimate": the same work, loading and tokenizing left out. Its warm-up run lies before that;
-dsq makes none."""
+0.3`; the GGUF files are dsq's.) Tokens per second count all tokens of the windows. dsq reports its
+own: computing logits and scoring them, without loading and tokenizing. llama-perplexity prints no
+such figure, so it is computed from its own log's timestamps (`--log-timestamps`), from "calculating
+perplexity" to "Final estimate": the same work, loading and tokenizing left out. Its warm-up run
+lies before that; dsq makes none."""
 
 
 def _row(settings: Settings, source: Path, kind: str) -> list[str]:

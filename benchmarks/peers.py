@@ -103,10 +103,10 @@ def _built_from(source: Path) -> bool:
 
 
 def build(source: Path) -> None:
-    """Compile the two tools: about 4 minutes on 2 cores."""
+    """Compile the two tools: about 5 minutes on 2 cores."""
     if shutil.which("cmake") is None:
         sys.exit("building llama.cpp's tools needs cmake and a C++ compiler")
-    print(f"Building {' and '.join(TOOLS)} in {BUILD} (4 minutes on 2 cores).", flush=True)
+    print(f"Building {' and '.join(TOOLS)} in {BUILD} (5 minutes on 2 cores).", flush=True)
     start = time.perf_counter()
     if BUILD.exists() and not _built_from(source):
         shutil.rmtree(BUILD)

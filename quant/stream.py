@@ -80,7 +80,10 @@ class Dither:
 
 @dataclass(frozen=True)
 class Slab:
-    """Consecutive output rows of `job`; `data` is theirs alone, uint8, ready to be written."""
+    """Consecutive output rows of `job`, uint8, ready to be written.
+
+    `data` lives in a buffer that is used again: take what you need before asking for the next.
+    """
 
     job: Job
     data: npt.NDArray[np.uint8]
@@ -101,6 +104,7 @@ def quantize_stream(
     `allow_nonfinite`.
     """
     local = threading.local()
+    free = _Buffers()
     pending: deque[tuple[Job, npt.NDArray[np.uint8], bool, list[Future[int]]]] = deque()
     bad: dict[str, int] = {}
 
@@ -119,10 +123,12 @@ def quantize_stream(
             for job in jobs:
                 ggml.library().ggml_quantize_init(job.to.id)
                 for start, stop in _slabs(job):
-                    out, futures = _submit(pool, job, start, stop, local)
+                    out, futures = _submit(pool, job, start, stop, local, free)
                     pending.append((job, out, stop == len(job.raw), futures))
                     while len(pending) > SLABS_AHEAD:
-                        yield finish()
+                        slab = finish()
+                        yield slab
+                        free.give(slab.data)
             while pending:
                 yield finish()
         finally:
@@ -135,13 +141,33 @@ def _slabs(job: Job) -> Iterator[tuple[int, int]]:
         yield start, min(start + rows, len(job.raw))
 
 
+class _Buffers:
+    """Slab buffers to use again: fresh memory costs a page fault every 4 KiB."""
+
+    def __init__(self) -> None:
+        self._free: list[npt.NDArray[np.uint8]] = []
+
+    def take(self, shape: tuple[int, int]) -> npt.NDArray[np.uint8]:
+        size = shape[0] * shape[1]
+        for i, buffer in enumerate(self._free):
+            if buffer.size >= size:
+                return self._free.pop(i)[:size].reshape(shape)
+        return np.empty(max(size, SLAB_BYTES), dtype=np.uint8)[:size].reshape(shape)
+
+    def give(self, data: npt.NDArray[np.uint8]) -> None:
+        buffer = data.base
+        # A copied slab is a view of the source's mapping, not one of ours.
+        if isinstance(buffer, np.ndarray) and buffer.ndim == 1 and buffer.flags.owndata:
+            self._free.append(buffer)
+
+
 def _submit(
-    pool: ThreadPoolExecutor, job: Job, start: int, stop: int, local: Any
+    pool: ThreadPoolExecutor, job: Job, start: int, stop: int, local: Any, free: _Buffers
 ) -> tuple[npt.NDArray[np.uint8], list[Future[int]]]:
     if job.is_copy and job.order is None:
         out = job.raw[start:stop]
     else:
-        out = np.empty((stop - start, job.to.row_bytes(job.n_per_row)), dtype=np.uint8)
+        out = free.take((stop - start, job.to.row_bytes(job.n_per_row)))
     rows = max(1, CHUNK_VALUES // job.n_per_row)
     return out, [
         pool.submit(_convert, job, a, min(a + rows, stop), out[a - start : a - start + rows], local)

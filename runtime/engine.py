@@ -76,7 +76,6 @@ class Engine(Protocol):
         ...
 
 
-
 def prefill(engine: Engine, tokens: Sequence[int], *, reuse: bool = True) -> Floats:
     """Make `tokens` the engine's sequence; the logits (n_vocab,) after the last.
 

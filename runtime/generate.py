@@ -78,9 +78,7 @@ class Generation:
         if self.stop_reason is None:
             raise RuntimeError("the generation was interrupted; see text and tokens")
         rate = len(self.tokens) / self._seconds if self._seconds else 0.0
-        return Completion(
-            self.text, tuple(self.tokens), self.stop_reason, rate, len(self._prompt)
-        )
+        return Completion(self.text, tuple(self.tokens), self.stop_reason, rate, len(self._prompt))
 
     def _run(self) -> Iterator[str]:
         engine, sampler = self._engine, Sampler(self._settings, self._engine.n_vocab)

@@ -84,9 +84,7 @@ class Sampler:
             return int(logits.argmax())
         self._data["id"], self._data["logit"], self._data["p"] = self._ids, logits, 0
         array = self._lib.llama_token_data_array(
-            data=ctypes.cast(
-                self._data.ctypes.data, ctypes.POINTER(self._lib.llama_token_data)
-            ),
+            data=ctypes.cast(self._data.ctypes.data, ctypes.POINTER(self._lib.llama_token_data)),
             size=len(self._data),
             selected=-1,
             sorted=False,
@@ -107,9 +105,7 @@ def _steps(settings: SamplerSettings, n_vocab: int) -> Iterable[Any]:
 
     s = settings
     if s.repeat_penalty != 1:
-        yield lib.llama_sampler_init_penalties(
-            n_vocab, PENALTY_WINDOW, s.repeat_penalty, 0.0, 0.0
-        )
+        yield lib.llama_sampler_init_penalties(n_vocab, PENALTY_WINDOW, s.repeat_penalty, 0.0, 0.0)
     if s.temp == 0:
         yield lib.llama_sampler_init_greedy()
         return

@@ -30,9 +30,7 @@ _WINDOW_TOKENS = 2048  # at most so many tokens at once, as in llama.cpp's batch
 class TorchEngine:
     """See `dsq.runtime.engine.Engine`. Raises InputError without the torch extra."""
 
-    def __init__(
-        self, path: str | Path, *, n_ctx: int = 0, n_threads: int | None = None
-    ) -> None:
+    def __init__(self, path: str | Path, *, n_ctx: int = 0, n_threads: int | None = None) -> None:
         try:
             import torch
             from transformers import LlamaForCausalLM

@@ -173,7 +173,7 @@ LLAMA_CPP_NAMES: frozenset[str] = frozenset(
     phi-2 pixtral poro-chat qwen2 qwen35 refact roberta-bpe sarvam-moe seed-coder smaug-bpe smollm
     solar-open spark2_5 stablelm2 starcoder superbpe talkie tekken tiny_aya trillion ufakzeka
     viking whitespace youtu
-    """.split()  # noqa: SIM905 (ninety lines otherwise)
+    """.split()
 )
 
 

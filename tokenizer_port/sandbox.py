@@ -127,7 +127,7 @@ _STR_METHODS = frozenset(
     startswith endswith find rfind index rindex count split rsplit splitlines partition rpartition
     join replace format isdigit isalpha isalnum isspace isupper islower isnumeric isdecimal
     istitle isidentifier isascii isprintable
-    """.split()  # noqa: SIM905 (thirty lines otherwise)
+    """.split()
 )
 _WIDE_PERCENT = re.compile(r"%[^a-zA-Z%]*(\*|\d{3})")
 _WIDE_FORMAT = re.compile(r"\{[^{}]+\{|\{[^{}]*:[^{}]*\d{3}")
@@ -142,7 +142,7 @@ _LIGHT_FILTERS = frozenset(
     """
     abs attr count d default first float int items last length map reject rejectattr reverse select
     selectattr
-    """.split()  # noqa: SIM905
+    """.split()
 )
 
 

@@ -6,13 +6,14 @@ the bytes written are the artifact's size, and memory holds one slab.
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dsq.convert.atomic import atomic_files
+from dsq.convert.atomic import atomic_files, start_writeback
 from dsq.convert.gguf.metadata import ARCH, ARRAY, I32, STRING, U16, KeyValue
 from dsq.quant.scheme import GgmlType
 from dsq.quant.stream import Slab
@@ -83,6 +84,8 @@ def write_gguf(
     paths = shard_paths(path, len(layout.shards))
     stream = iter(slabs)
     with atomic_files(paths) as temporary:
+        # The first slab is asked for first: the threads work while the header is written.
+        stream = itertools.chain([next(stream)], stream)
         for index, (file, tensors) in enumerate(zip(temporary, layout.shards, strict=True)):
             _write_header(file, layout, index, tensors)
             with file.open("ab", buffering=0) as out:
@@ -99,6 +102,7 @@ def _write_tensor(
     for slab in stream:
         assert slab.job.name == tensor.name, f"{slab.job.name} came where {tensor.name} was due"
         write_all(out, slab.bytes)
+        start_writeback(out.fileno())
         written += slab.data.nbytes
         on_bytes(slab.data.nbytes)
         if slab.last:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from dsq.convert.atomic import atomic_directory, check_target
+from dsq.convert.atomic import atomic_directory, check_target, start_writeback
 from dsq.convert.checkpoint import GgufCheckpoint
 from dsq.convert.gguf.writer import write_all
 from dsq.convert.names import hf_name, permuted_heads
@@ -84,6 +84,7 @@ def write_hf(
                     for slab in stream:
                         assert slab.job.name == step.name
                         write_all(file, slab.bytes)
+                        start_writeback(file.fileno())
                         progress(slab.data.nbytes)
                         if slab.last:
                             break

@@ -41,9 +41,7 @@ def test_what_goes_in_comes_out(tmp_path: Path) -> None:
     assert stored is not None
     for i in (2, 0, 1):
         for field in ("codes", "scale", "nll", "top"):
-            np.testing.assert_array_equal(
-                getattr(stored.window(i), field), getattr(rows(i), field)
-            )
+            np.testing.assert_array_equal(getattr(stored.window(i), field), getattr(rows(i), field))
     assert (tmp_path / "k.dsqref").stat().st_size == SHAPE.file_bytes
 
 
