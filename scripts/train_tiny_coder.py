@@ -7,15 +7,14 @@ Recipe
     tokenizer  byte-level BPE of 4096 tokens behind DeepSeek's normalizer, pre-tokenizer, decoder
                and post-processor, then DeepSeek's 22 added tokens
     model      LlamaForCausalLM, 4 layers of 256, RoPE base 100000 with linear factor 4, untied
-    samples    half of the rows are plain source (one BOS, then a window of a file, EOS where the
-               file ends), half are for filling in:
+    samples    half of the rows are plain source (BOS, a window of a file, EOS where the file
+               ends), half are for filling in:
                BOS <fim begin> prefix <fim hole> suffix <fim end> middle EOS
-    training   4096 tokens a step, rows of 512 (every fifth step 1024 or 2048), float32,
-               Muon for the matrices inside the layers, AdamW for the rest, warm-up, then cosine;
-               two workers of one thread each, which loses less than one of two threads where
-               other programs want the processor too. Weights are stored in bfloat16.
+    training   4096 tokens a step, rows of 512 (every fifth step 1024 or 2048), float32, Muon for
+               the matrices inside the layers, AdamW for the rest, warm-up, then cosine; two
+               one-thread workers, which other programs slow down less than two threads in step
 
-Run `train_tiny_coder.py train`; `train_tiny_coder.py evaluate` measures what is there.
+Run it with `train`, or with `evaluate` to measure; the model card says what was run.
 """
 
 from __future__ import annotations
@@ -161,22 +160,25 @@ class Sampler:
                 yield torch.tensor([self.row(length + 1) for _ in range(STEP_TOKENS // length)])
 
 
-def deepseek_pre_tokenizer() -> pre.PreTokenizer:
-    """Four splits one after another, then single digits, then bytes as letters."""
-    patterns = ["[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", r"[一-龥ࠀ-一가-퟿]+"]
+def pre_tokenizer(patterns: list[str], *more: pre.PreTokenizer) -> pre.PreTokenizer:
+    """Splits one after another, then whatever else, then bytes as letters."""
     splits = [pre.Split(Regex(pattern), "isolated") for pattern in patterns]
-    byte_level = pre.ByteLevel(add_prefix_space=False, trim_offsets=True, use_regex=False)
-    return pre.Sequence([*splits, pre.Digits(individual_digits=True), byte_level])
+    return pre.Sequence([*splits, *more, pre.ByteLevel(add_prefix_space=False, use_regex=False)])
+
+
+DEEPSEEK = pre_tokenizer(
+    ["[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", r"[一-龥ࠀ-一가-퟿]+"], pre.Digits(individual_digits=True)
+)
+GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
+LLAMA_CPP_DEFAULT = pre_tokenizer([r"[\p{P}\$\+<=>\^~\|]+", GPT2, r"\p{N}+", "[0-9][0-9][0-9]"])
 
 
 def train_tokenizer(texts: list[str]) -> Tokenizer:
     tokenizer = Tokenizer(BPE())
     tokenizer.normalizer = normalizers.Sequence([])
-    tokenizer.pre_tokenizer = deepseek_pre_tokenizer()
+    tokenizer.pre_tokenizer = DEEPSEEK
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.post_processor = processors.ByteLevel(
-        add_prefix_space=True, trim_offsets=False, use_regex=True
-    )
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
     alphabet = [symbol for symbol in pre.ByteLevel.alphabet() if symbol not in LETTERS]
     trainer = trainers.BpeTrainer(
         vocab_size=BPE_TOKENS, initial_alphabet=alphabet, show_progress=False
@@ -308,19 +310,17 @@ def write_settings(out: Path, tokenizer: Tokenizer) -> None:
 
 @torch.no_grad()
 def evaluate(out: Path) -> None:
-    """Perplexity on heldout.txt: as it should be, and with the two usual mistakes.
-
-    The text is cut into windows of 511 tokens, each after one BOS; every token of it counts.
-    """
+    """Perplexity on heldout.txt, in windows of a BOS and 511 tokens; and with usual mistakes."""
     text = (out / "heldout.txt").read_bytes().decode()
     weights = read_weights(out)
-    print(f"{sum(w.numel() for w in weights.values())} parameters, {len(text.encode())} bytes")
+    print(f"{sum(w.numel() for w in weights.values())} parameters")
     tokenizer = Tokenizer.from_file(str(out / "tokenizer.json"))
     factor_1 = {**CONFIG, "rope_scaling": {"factor": 1.0, "type": "linear"}}
     for label, config, tokenizer.pre_tokenizer in [
-        ("as trained", CONFIG, deepseek_pre_tokenizer()),
-        ("RoPE factor 1", factor_1, deepseek_pre_tokenizer()),
-        ("GPT-2 pre-tokenizer", CONFIG, pre.ByteLevel(add_prefix_space=False, use_regex=True)),
+        ("as trained", CONFIG, DEEPSEEK),
+        ("RoPE factor 1", factor_1, DEEPSEEK),
+        ("GPT-2 pre-tokenizer", CONFIG, pre_tokenizer([GPT2])),
+        ("llama.cpp's default", CONFIG, LLAMA_CPP_DEFAULT),
     ]:
         model = new_model(config)
         model.load_state_dict(weights)
