@@ -56,7 +56,7 @@ $(VENV)/.runtime: pyproject.toml constraints.txt
 	@$(INSTALL) --no-binary llama-cpp-python -e . $(QUIETLY)
 	@touch $@
 
-# And what the tests need: torch, transformers and the tools (1.3 GB with the CPU build of torch).
+# And what the tests need: torch, transformers and the tools (about 0.9 GB with the CPU build of torch).
 $(VENV)/.dev: $(VENV)/.runtime
 	@echo "Adding torch, transformers and the test tools."
 	@$(INSTALL) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch==2.13.0 $(QUIETLY)

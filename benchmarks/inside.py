@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from dsq.convert.checkpoint import open_checkpoint
-from dsq.convert.pipeline import default_threads, plan_gguf, run_gguf_plan
+from dsq.convert.pipeline import plan_gguf, run_gguf_plan
 from dsq.quant import ggml, stream
 from dsq.quant.presets import preset
+from dsq.quant.threads import default_threads
 
 
 class ThreadTimes:

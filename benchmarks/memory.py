@@ -31,8 +31,10 @@ def benchmark(settings: Settings) -> Section:
             rows.append(_ours(settings, name, source, kind))
             if name in ("1.3b", "tiny"):
                 rows.append(_theirs(settings, name, source, kind))
+    verified = _verify(settings, source, "q4_0")  # of the larger model
     header = ["model", "type", "side", "checkpoint", "anonymous", "goal", "mapped", "VmHWM"]
     body = _HOW + "\n\n" + table([*header, "written", "artifact", "written ÷ artifact"], rows)
+    body += f"\n\n{verified}"
     return Section("memory", "Memory and bytes written", body)
 
 
@@ -43,6 +45,26 @@ def _ours(settings: Settings, name: str, source: Path, kind: str) -> list[str]:
         return _row(name, kind, "dsq", source, [used], out)
     finally:
         remove([out])
+
+
+def _verify(settings: Settings, source: Path, kind: str) -> str:
+    """The peak of `dsq verify` with its logits, layer by layer."""
+    out = settings.work / "ours.gguf"
+    receipt = settings.work / "receipt.json"
+    try:
+        run(dsq("quantize", kind, source, "-o", out, "--json", "--force"), sample=False)
+        command = dsq("verify", out, "--source", source, "--receipt", receipt, "--json")
+        used = run(command, sample=True)
+        peak = used.resident or 0
+        say(f"memory verify {kind}: {_gib(peak)} resident")
+        return (
+            f"`dsq verify` of the {kind} artifact against the {_gib(size_bytes(source))} "
+            f"checkpoint, logits included: {_gib(used.anonymous or 0)} anonymous, {_gib(peak)} "
+            f"resident with mapped pages, {used.seconds:.0f} s "
+            f"(goal: a 6.7b within 8 GiB: {'met' if peak <= 8 << 30 else '**missed**'})."
+        )
+    finally:
+        remove([out, receipt])
 
 
 def _theirs(settings: Settings, name: str, source: Path, kind: str) -> list[str]:

@@ -96,7 +96,7 @@ def _machine() -> str:
 
 
 def _cores() -> int:
-    from dsq.runtime.threads import default_threads
+    from dsq.quant.threads import default_threads
 
     return default_threads()
 

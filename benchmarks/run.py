@@ -14,7 +14,7 @@ from benchmarks.measure import CpuTimes, load
 from benchmarks.peers import ROOT, find_peers
 from benchmarks.results import RESULTS, conditions, write
 from benchmarks.settings import Settings, say
-from dsq.runtime.threads import default_threads
+from dsq.quant.threads import default_threads
 
 MODULES = {
     "convert": "benchmarks.convert",

@@ -38,6 +38,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.json and args.prompt is None:
+        raise InputError("--json goes with -p: a conversation is not one object")
     sampler = common.sampler(args)
     model = common.local_model(args.model, args)
     from dsq.convert.checkpoint import open_checkpoint

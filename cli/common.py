@@ -121,7 +121,9 @@ def only_model(folder: Path) -> Path:
 
 def output_path(source: Path, encoding: str) -> Path:
     """`Base-Q4_K_M.gguf` in the current folder, from the source's name."""
-    base = source.resolve().name
+    from dsq.convert.pipeline import model_name
+
+    base = model_name(source)
     base = re.sub(r"(-\d{5}-of-\d{5})?\.gguf$", "", base)
     base = re.sub(r"[-.](f32|f16|bf16|i?q\d\w*|tq\d_0|mxfp4\w*)$", "", base, flags=re.IGNORECASE)
     return Path(f"{base or 'model'}-{encoding.upper()}.gguf")
@@ -135,7 +137,10 @@ def size(text: str) -> int:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", text.strip(), re.IGNORECASE)
     if match is None or float(match.group(1)) <= 0:
         raise argparse.ArgumentTypeError(f"{text!r} is no size; write 500M or 4G")
-    return int(float(match.group(1)) * _UNITS[match.group(2).upper()])
+    n_bytes = int(float(match.group(1)) * _UNITS[match.group(2).upper()])
+    if n_bytes < 1 << 20:
+        raise argparse.ArgumentTypeError(f"{text!r} is less than 1M")
+    return n_bytes
 
 
 def human(n_bytes: float) -> str:

@@ -31,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--allow-nonfinite", action="store_true", help="convert NaN and Inf weights as they are"
     )
+    parser.add_argument("--allow-requantize", action="store_true", help="SRC may be quantized")
     parser.add_argument(
         "--dither",
         type=float,
@@ -50,7 +51,9 @@ def run(args: argparse.Namespace) -> int:
         return _to_hf(args)
     from dsq.cli.quantize import convert_to_gguf
 
-    return convert_to_gguf(args, args.outtype)
+    if args.dither:
+        raise InputError("--dither goes with --to hf")
+    return convert_to_gguf(args, args.outtype, allow_requantize=args.allow_requantize)
 
 
 def _to_hf(args: argparse.Namespace) -> int:
@@ -59,11 +62,18 @@ def _to_hf(args: argparse.Namespace) -> int:
     from dsq.convert.rope import describe
     from dsq.quant.stream import Dither
 
+    if args.split_max_size:
+        raise InputError("--split-max-size goes with --to gguf; --to hf cuts shards of 5 GiB")
+    if args.dither < 0 or args.seed < 0:
+        raise InputError(f"--dither {args.dither:g} --seed {args.seed}: give 0 or more")
     source = common.local_model(args.src, args)
     checkpoint = open_checkpoint(source)
     if not isinstance(checkpoint, GgufCheckpoint):
         raise InputError(f"{source} is a Hugging Face directory already; --to hf takes a .gguf")
     steps = plan_to_hf(checkpoint, args.outtype)
+    dither = Dither(args.dither, args.seed) if args.dither else None
+    if dither:
+        dither.check(step.source for step in steps if step.source)
     out = args.output or Path(common.output_path(source, "hf").stem)
     report: dict[str, Any] = {
         "output": str(out),
@@ -84,7 +94,8 @@ def _to_hf(args: argparse.Namespace) -> int:
                 force=args.force,
                 threads=args.threads,
                 allow_nonfinite=args.allow_nonfinite,
-                dither=Dither(args.dither, args.seed) if args.dither else None,
+                dither=dither,
+                pre=args.pre,
                 progress=advance,
             )
         report["seconds"] = round(artifact.seconds, 3)

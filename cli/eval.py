@@ -49,7 +49,7 @@ def read_texts(paths: list[Path] | None) -> list[str]:
     texts = []
     for path in paths:
         try:
-            texts.append(path.read_text(encoding="utf-8"))
+            texts.append(path.read_bytes().decode("utf-8"))  # no newline translation
         except UnicodeDecodeError as error:
             raise InputError(
                 f"{path}: not UTF-8 at byte {error.start}; convert it first"
@@ -60,7 +60,9 @@ def read_texts(paths: list[Path] | None) -> list[str]:
 
 
 def run(args: argparse.Namespace) -> int:
-    texts = read_texts(args.text)
+    if args.model is None and args.text and args.text[-1].suffix == ".gguf":
+        args.model = str(args.text.pop())  # `--text a.txt model.gguf`: --text takes all it can get
+    texts = read_texts(args.text or None)
     model = common.local_model(args.model, args)
     ref = common.local_model(args.ref, args) if args.ref else None
     from dsq.runtime.evaluate import evaluate

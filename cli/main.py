@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
 import os
 import sys
+import warnings
 from collections.abc import Sequence
+from typing import NoReturn
 
 from dsq import __version__
-from dsq.errors import DsqError
+from dsq.errors import DsqError, InputError
 
 VERBS: dict[str, str] = {
     "convert": "a Hugging Face checkpoint to GGUF, or a GGUF back to Hugging Face",
@@ -39,6 +42,7 @@ options: --help, --version
 def main(argv: Sequence[str] | None = None) -> int:
     """The console script. Returns the exit code: 0, 1 failure, 2 bad input, 130 interrupted."""
     args = list(sys.argv[1:] if argv is None else argv)
+    _tame_streams()
     if not args or args[0] in ("-h", "--help", "help"):
         verbs = "\n".join(f"  {name:<10} {what}" for name, what in VERBS.items())
         print(USAGE.format(verbs=verbs))
@@ -58,6 +62,33 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader went away (`dsq inspect … | head`); do not complain at exit either.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except Exception as error:
+        if os.environ.get("DSQ_TRACEBACK"):
+            raise
+        what = " ".join(str(error).split()) or "no message"
+        print(
+            f"dsq: error: unexpected {type(error).__name__}: {what} "
+            f"(a bug in dsq; DSQ_TRACEBACK=1 shows where)",
+            file=sys.stderr,
+        )
+        return 1
+
+
+def _tame_streams() -> None:
+    """A terminal that cannot print `✓` gets `?`, not a crash; warnings are one line each."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+    warnings.showwarning = lambda message, *_, **__: print(
+        f"dsq: warning: {message}", file=sys.stderr
+    )
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse, but an error is one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message} (see {self.prog} --help)")
 
 
 def _run(verb: str, args: list[str]) -> int:
@@ -65,7 +96,7 @@ def _run(verb: str, args: list[str]) -> int:
         print(f"dsq: error: no verb {verb!r}; verbs: {', '.join(VERBS)}", file=sys.stderr)
         return 2
     module = importlib.import_module(f"dsq.cli.{verb}")
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog=f"dsq {verb}",
         description=f"{module.DESCRIPTION}",
         epilog=f"example:\n  {module.EXAMPLE}",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from dsq.cli import common
 from dsq.cli.progress import progress_bar
 from dsq.errors import InputError
 from dsq.quant.plan import Options
-from dsq.quant.scheme import GgmlType, ggml_type
+from dsq.quant.scheme import GgmlType, target_type
 
 DESCRIPTION = (
     "Quantize SRC to TYPE. SRC may be a GGUF, a Hugging Face directory or a hub id: from a\n"
@@ -22,7 +23,9 @@ EXAMPLE = "dsq quantize q4_k_m ./deepseek-coder-1.3b-base -o coder-q4_k_m.gguf"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("type", metavar="TYPE", help="q4_0, q4_k_m, q8_0, iq4_xs, … or list")
+    parser.add_argument(
+        "type", metavar="TYPE", help="q4_0, q4_k_m, iq4_xs, …, llama.cpp's number for it, or copy"
+    )
     common.add_source(parser, "src", ".gguf, directory or hub id (org/name)")
     parser.add_argument("-o", "--output", type=Path)
     parser.add_argument("--imatrix", type=Path, metavar="FILE", help="llama.cpp's, GGUF or .dat")
@@ -53,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _type(text: str) -> GgmlType:
     try:
-        return ggml_type(text)
+        return target_type(text)
     except InputError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
 
@@ -96,15 +99,18 @@ def convert_to_gguf(
     """Plan, write, report: what `dsq quantize` and `dsq convert --to gguf` share."""
     from dsq.convert.checkpoint import open_checkpoint
     from dsq.convert.imatrix import read_imatrix
-    from dsq.convert.pipeline import plan_gguf, run_gguf_plan
+    from dsq.convert.pipeline import file_preset, plan_gguf, run_gguf_plan
     from dsq.convert.rope import describe
     from dsq.convert.tensor_plan import auto_outtype
     from dsq.quant.presets import preset as find_preset
 
-    named = None if type_name == "auto" else find_preset(type_name)  # before any I/O
+    copy = type_name.lower() == "copy"
+    named = None if type_name == "auto" or copy else find_preset(type_name)  # before any I/O
     source = common.local_model(args.src, args)
     checkpoint = open_checkpoint(source)
-    preset = named or auto_outtype(checkpoint.tensors.values())
+    preset = named or file_preset(checkpoint) or auto_outtype(checkpoint.tensors.values())
+    if copy:
+        options = replace(options or Options(), only_copy=True)
     plan = plan_gguf(
         checkpoint,
         preset,

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dsq.cli import common
+from dsq.errors import InputError
 
 if TYPE_CHECKING:
     from dsq.runtime.receipt import Verification
@@ -42,6 +44,8 @@ def run(args: argparse.Namespace) -> int:
     from dsq.runtime.verify import verify
 
     source = common.local_model(args.source, args)
+    receipt = args.receipt or receipt_path(args.artifact)
+    check_receipt(receipt)
     result = verify(
         args.artifact,
         source,
@@ -49,13 +53,18 @@ def run(args: argparse.Namespace) -> int:
         threads=args.threads,
         progress=_progress(args),
     )
-    receipt = args.receipt or receipt_path(args.artifact)
     write_receipt(result, receipt)
     if args.json:
         common.print_json({**result.to_json(), "receipt": str(receipt)})
     else:
         _print(result, receipt)
     return 0 if result.ok else 1
+
+
+def check_receipt(path: Path) -> None:
+    """Refuse a place where no receipt can be written, before the work is done."""
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise InputError(f"{path}: no receipt can be written there; give --receipt PATH")
 
 
 def _progress(args: argparse.Namespace) -> Callable[[str], None]:

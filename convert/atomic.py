@@ -7,7 +7,7 @@ import errno
 import os
 import secrets
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -18,11 +18,20 @@ from dsq.errors import DsqError, InputError
 
 def check_target(path: Path, *, force: bool, n_bytes: int = 0) -> None:
     """Refuse what is sure to fail later: an existing output, a missing or full folder."""
+    if path.is_dir():
+        raise InputError(f"{path} is a directory; a file is to be written: give another -o")
     if path.exists() and not force:
         raise InputError(f"{path} exists; give another -o, or --force to replace it")
+    check_space(path, n_bytes)
+
+
+def check_space(path: Path, n_bytes: int) -> None:
+    """Refuse a target in a folder that is missing, read-only or too full for it."""
     folder = path.parent
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder; create it or give another -o")
+    if not os.access(folder, os.W_OK):
+        raise InputError(f"{folder} is read-only; give another -o")
     free = shutil.disk_usage(folder).free
     if n_bytes > free:
         raise InputError(
@@ -57,13 +66,14 @@ def atomic_files(paths: Sequence[Path]) -> Iterator[list[Path]]:
 
 
 @contextmanager
-def atomic_directory(path: Path, *, force: bool) -> Iterator[Path]:
-    """As `atomic_files`, for a directory: it appears under its name only when complete."""
-    if path.exists():
-        if not force:
-            raise InputError(f"{path} exists; give another -o, or --force to replace it")
-        if not path.is_dir():
-            raise InputError(f"{path} is a file; a directory is to be written: give another -o")
+def atomic_directory(path: Path, *, force: bool, ours: Callable[[str], bool]) -> Iterator[Path]:
+    """As `atomic_files`, for a directory: it appears under its name only when complete.
+
+    With `force` a directory that is there is replaced as a whole, but only when `ours` says so of
+    every name in it: nothing of the user's is deleted.
+    """
+    path = path.resolve()
+    check_directory(path, force=force, ours=ours)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         temporary.mkdir()
@@ -77,11 +87,28 @@ def atomic_directory(path: Path, *, force: bool) -> Iterator[Path]:
             shutil.rmtree(old)
         else:
             temporary.rename(path)
+        _fsync(path.parent)
     except OSError as error:
         raise os_error(error, path) from error
     finally:
         if temporary.exists():
             shutil.rmtree(temporary)
+
+
+def check_directory(path: Path, *, force: bool, ours: Callable[[str], bool]) -> None:
+    """Refuse a target directory that may not be replaced. See `atomic_directory`."""
+    if not path.exists():
+        return
+    if not path.is_dir():
+        raise InputError(f"{path} is a file; a directory is to be written: give another -o")
+    foreign = sorted(entry.name for entry in path.iterdir() if not ours(entry.name))
+    if foreign:
+        raise InputError(
+            f"{path} holds {foreign[0]}, which is not a model's file; nothing of yours is "
+            f"replaced: give another -o"
+        )
+    if not force and any(path.iterdir()):
+        raise InputError(f"{path} exists; give another -o, or --force to replace it")
 
 
 def write_text(path: Path, text: str) -> None:
@@ -110,7 +137,12 @@ def start_writeback(descriptor: int) -> None:
 
 
 def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
+    if os.name == "nt":  # Windows flushes files opened for writing, and no folders
+        if path.is_dir():
+            return
+        handle = os.open(path, os.O_RDWR)
+    else:
+        handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -12,9 +13,9 @@ import numpy as np
 import numpy.typing as npt
 
 from dsq.convert.gguf.reader import GgufFile, read_gguf
-from dsq.convert.gguf.spec import ROPE_FREQS, spec_from_gguf
+from dsq.convert.gguf.spec import spec_from_gguf
 from dsq.convert.json_file import read_object, shown
-from dsq.convert.names import expected_tensors, gguf_name, hf_name
+from dsq.convert.names import ROPE_FREQS, expected_tensors, gguf_name, hf_name
 from dsq.convert.spec import ModelSpec, spec_from_config
 from dsq.convert.tensors import TensorInfo
 from dsq.convert.weight_files import Weights, has_weights, open_weights
@@ -59,9 +60,11 @@ class HfCheckpoint:
     config: dict[str, Any]
     generation_config: dict[str, Any]
     weights: Weights
+    check_tied: Callable[[], None]  # reads weights, so it waits until some are asked for
     format: Literal["hf"] = "hf"
 
     def data(self, name: str) -> npt.NDArray[np.uint8]:
+        self.check_tied()
         return self.weights.read(_tensor(self, name))
 
     def vocabulary(self, *, pre: str | None = None) -> Vocabulary:
@@ -164,11 +167,17 @@ def _open_hf(path: Path) -> HfCheckpoint:
         raise type(error)(f"{path}: {error}") from error
     weights = open_weights(path)
     tensors = dict(weights.tensors)
+    check_tied: Callable[[], None] = _nothing
     if spec.tied and "lm_head.weight" in tensors:
-        _check_tied(path, tensors, weights)
+        pair = dict(tensors)
+        check_tied = cache(lambda: _check_tied(path, pair, weights))
         del tensors["lm_head.weight"]
     _check_tensors(path, spec, tensors)
-    return HfCheckpoint(path, spec, tensors, config, generation_config, weights)
+    return HfCheckpoint(path, spec, tensors, config, generation_config, weights, check_tied)
+
+
+def _nothing() -> None:
+    """The model stores no second matrix to compare."""
 
 
 def _check_tied(path: Path, tensors: Mapping[str, TensorInfo], weights: Weights) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dsq.convert.checkpoint import GgufCheckpoint, HfCheckpoint
+from dsq.convert.names import ROPE_FREQS
 from dsq.convert.spec import ModelSpec
 from dsq.tokenizer_port.vocabulary import TokenType, Vocabulary
 
@@ -57,7 +58,7 @@ def inspect_checkpoint(
     """The report of `dsq inspect`, with stable keys. Raises InputError for a damaged file."""
     spec = checkpoint.spec
     tensors = checkpoint.tensors.values()
-    n_params = sum(t.n_elements for t in tensors if t.name != "rope_freqs.weight")
+    n_params = sum(t.n_elements for t in tensors if t.name != ROPE_FREQS)
     n_bytes = sum(t.n_bytes for t in tensors)
     by_type: dict[str, dict[str, int]] = {}
     for name, count in Counter(t.type.name for t in tensors).items():

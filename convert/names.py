@@ -7,6 +7,9 @@ import re
 from dsq.convert.spec import ModelSpec
 from dsq.errors import InputError
 
+# llama3's RoPE scaling in a GGUF: a tensor that no checkpoint has.
+ROPE_FREQS = "rope_freqs.weight"
+
 # Buffers that old transformers saved although the config determines them.
 IGNORED = re.compile(r".*rotary_emb\.(inv_freq|cos_cached|sin_cached)")
 

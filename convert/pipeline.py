@@ -34,9 +34,10 @@ from dsq.convert.tensor_plan import (
 )
 from dsq.errors import InputError
 from dsq.quant.plan import Options
-from dsq.quant.presets import Preset
+from dsq.quant.presets import PRESETS, Preset
 from dsq.quant.scheme import F32
 from dsq.quant.stream import Job, quantize_stream
+from dsq.quant.threads import default_threads
 
 Progress = Callable[[int], None]
 
@@ -102,18 +103,26 @@ def plan_gguf(
         steps = plan_from_gguf(
             spec, checkpoint.tensors, preset, options, imatrix, allow_requantize=allow_requantize
         )
-        entries = copied_entries(
-            gguf.metadata,
-            gguf.metadata_types,
-            [
-                KeyValue("general.quantization_version", QUANTIZATION_VERSION, U32),
-                KeyValue("general.file_type", preset.ftype, U32),
-            ],
-        )
+        replaced = [
+            KeyValue("general.quantization_version", QUANTIZATION_VERSION, U32),
+            KeyValue("general.file_type", preset.ftype, U32),
+        ]
+        if pre is not None:
+            name = checkpoint.vocabulary(pre=pre).pre  # checked
+            replaced.append(KeyValue("tokenizer.ggml.pre", name, STRING))
+        entries = copied_entries(gguf.metadata, gguf.metadata_types, replaced)
     if imatrix:
         entries += _imatrix_entries(imatrix)
     tensors = [OutTensor(s.name, s.shape, s.to, s.n_bytes) for s in steps]
     return GgufPlan(preset, steps, gguf_layout(entries, tensors, split_max_bytes), imatrix)
+
+
+def file_preset(checkpoint: HfCheckpoint | GgufCheckpoint) -> Preset | None:
+    """The preset that a GGUF says it was made with (general.file_type)."""
+    if isinstance(checkpoint, HfCheckpoint):
+        return None
+    number = checkpoint.gguf.metadata.get("general.file_type")
+    return next((p for p in PRESETS.values() if p.ftype == number), None)
 
 
 def _imatrix_entries(imatrix: Imatrix) -> list[KeyValue]:
@@ -179,12 +188,12 @@ def source_files(checkpoint: HfCheckpoint | GgufCheckpoint) -> set[Path]:
 
 
 def model_name(path: Path) -> str:
-    """`general.name`: the directory's name, as llama.cpp's converter takes it."""
-    return path.resolve().name or "model"
+    """`general.name`: the directory's name, as llama.cpp's converter takes it.
 
-
-def default_threads() -> int:
-    """The cores that this process may use (a container may have fewer than the machine)."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    Not resolved: the hub's cache links files to their hashes. A snapshot in it is called by its
+    commit; there the repository's name is meant.
+    """
+    path = Path(os.path.normpath(Path.cwd() / path))
+    if path.is_dir() and path.parent.name == "snapshots":
+        return path.parent.parent.name.split("--")[-1]
+    return path.name or "model"

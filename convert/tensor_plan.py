@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dsq.convert.imatrix import Imatrix
-from dsq.convert.names import gguf_name, permuted_heads
+from dsq.convert.names import ROPE_FREQS, gguf_name, permuted_heads
 from dsq.convert.spec import ModelSpec
 from dsq.convert.tensors import TensorInfo
 from dsq.errors import InputError
@@ -25,8 +25,6 @@ from dsq.quant.plan import (
 )
 from dsq.quant.presets import PRESETS, Preset
 from dsq.quant.scheme import F32, GgmlType
-
-ROPE_FREQS = "rope_freqs.weight"
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,9 @@ import numpy as np
 import numpy.typing as npt
 
 from dsq.convert.checkpoint import GgufCheckpoint, HfCheckpoint
-from dsq.convert.names import expected_tensors, hf_name, permuted_heads
+from dsq.convert.names import ROPE_FREQS, expected_tensors, hf_name, permuted_heads
 from dsq.convert.spec import ModelSpec
-from dsq.convert.tensor_plan import ROPE_FREQS, half_split_rows
+from dsq.convert.tensor_plan import half_split_rows
 from dsq.convert.tensors import TensorInfo
 from dsq.errors import InputError
 from dsq.quant import ggml
@@ -130,15 +130,15 @@ class TensorReport:
             "type": self.type,
             "source_type": self.source_type,
             "shape": list(self.shape),
-            "relative_rms_error": _number(self.error),
-            "max_error": _number(self.max_error),
+            "relative_rms_error": rounded(self.error),
+            "max_error": rounded(self.max_error),
             "bound": self.bound,
             "ok": self.ok,
             "reason": self.reason,
         }
 
 
-def _number(value: float) -> float | None:
+def rounded(value: float) -> float | None:
     return float(f"{value:.6g}") if np.isfinite(value) else None  # JSON has no NaN
 
 
@@ -159,8 +159,9 @@ class RowErrors:
     def bad_rows(self, bound: float) -> Rows:
         """Rows that rounding does not explain; with a bound of 0 all that differ at all."""
         limit = min(ROW_MARGIN * bound, WORST_ROW) ** 2
-        floor = SMALL_ROW**2 * self.norm.mean()
-        return np.flatnonzero(~(self.error <= limit * (self.norm + floor)))  # NaN counts as bad
+        with np.errstate(invalid="ignore", over="ignore"):
+            floor = SMALL_ROW**2 * self.norm.mean()
+            return np.flatnonzero(~(self.error <= limit * (self.norm + floor)))  # NaN is bad
 
 
 def named_tensors(checkpoint: Checkpoint, spec: ModelSpec) -> dict[str, StoredTensor]:

@@ -67,6 +67,7 @@ class ModelShape:
 class Options:
     """The flags of llama-quantize that change the choice of types."""
 
+    only_copy: bool = False
     pure: bool = False
     leave_output_tensor: bool = False
     output_tensor_type: GgmlType | None = None
@@ -98,7 +99,8 @@ def category(name: str) -> str:
 def is_quantizable(tensor: PlanTensor, options: Options) -> bool:
     """`tensor_allows_quantization`: matrices called *weight that are no norms."""
     return (
-        len(tensor.shape) >= 2
+        not options.only_copy
+        and len(tensor.shape) >= 2
         and tensor.name.endswith("weight")
         and "_norm.weight" not in tensor.name
         and not (options.leave_output_tensor and tensor.name == "output.weight")
@@ -319,7 +321,13 @@ _ATTN_OUTPUT: Mapping[str, GgmlType] = {
 
 
 def requires_imatrix(name: str, chosen: GgmlType, preset: Preset) -> bool:
-    """`tensor_requires_imatrix`: very low bits without one would be garbage."""
+    """`tensor_requires_imatrix`: very low bits without one would be garbage.
+
+    llama-quantize makes an exception for the embedding and the output, also for the types that
+    ggml cannot quantize without one (`ggml_quantize_requires_imatrix`): it aborts there.
+    """
+    if chosen.name in ("iq2_xxs", "iq2_xs", "iq1_s"):
+        return True
     if category(name) in ("token_embd", "output"):
         return False
     if chosen is Q2_K:

@@ -65,16 +65,17 @@ _PRESETS = (
 )
 
 PRESETS: dict[str, Preset] = {p.name: p for p in _PRESETS}
+_BY_NUMBER = {str(p.ftype): p for p in _PRESETS}
 ALIASES = {"q3_k": "q3_k_m", "q4_k": "q4_k_m", "q5_k": "q5_k_m"}
 
 
 def preset(name: str) -> Preset:
-    """The preset called `name` (any case, aliases as llama-quantize has them).
+    """The preset called `name`: any case, aliases and numbers as llama-quantize has them.
 
     Raises InputError, listing the names, when there is none.
     """
     key = name.lower().replace("-", "_")
-    found = PRESETS.get(ALIASES.get(key, key))
+    found = PRESETS.get(ALIASES.get(key, key)) or _BY_NUMBER.get(key)
     if found is None:
         raise InputError(f"unknown type {name!r}; choose one of: {', '.join(PRESETS)}")
     return found

@@ -86,6 +86,18 @@ F32, F16, BF16 = BY_NAME["f32"], BY_NAME["f16"], BY_NAME["bf16"]
 FLOAT_TYPES = (F32, F16, BF16)
 
 
+_NO_TARGET = ("q8_1", "q8_k", "i8", "i16", "i32", "i64", "f64")  # ggml_quantize_chunk aborts
+
+
+def target_type(name: str) -> GgmlType:
+    """The type called `name`, if weights can be stored in it; else an InputError."""
+    found = ggml_type(name)
+    if found.name in _NO_TARGET:
+        targets = ", ".join(n for n in BY_NAME if n not in _NO_TARGET)
+        raise InputError(f"weights cannot be quantized to {found}; choose one of: {targets}")
+    return found
+
+
 def ggml_type(name: str) -> GgmlType:
     """The type called `name` (any case), or an InputError that lists the names."""
     found = BY_NAME.get(name.lower())

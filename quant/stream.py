@@ -12,18 +12,19 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from dsq.errors import InputError
 from dsq.quant import ggml
-from dsq.quant.scheme import GgmlType
+from dsq.quant.scheme import BF16, F32, GgmlType
 
 CHUNK_VALUES = 1 << 17  # 512 KiB of float32
 SLAB_BYTES = 32 << 20
 SLABS_AHEAD = 3
+F16_MAX = 65504.0
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,15 @@ class Job:
         return self.stored is self.to and self.noise is None
 
 
+class Stored(Protocol):
+    """What `Dither.check` asks of a tensor."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def type(self) -> GgmlType: ...
+
+
 @dataclass(frozen=True)
 class Dither:
     """Seeded normal noise, `strength` of each block's step `d`, for weights that sit on a grid.
@@ -61,6 +71,15 @@ class Dither:
 
     TYPES = ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0")
 
+    def check(self, tensors: Iterable[Stored]) -> None:
+        """Raise InputError for a quantized tensor whose blocks do not begin with a step."""
+        for tensor in tensors:
+            if tensor.type.is_quantized and tensor.type.name not in self.TYPES:
+                raise InputError(
+                    f"--dither: {tensor.name} is {tensor.type}, whose step is not known; it works "
+                    f"on {', '.join(self.TYPES)}"
+                )
+
     def add(
         self,
         values: npt.NDArray[np.float32],
@@ -69,13 +88,37 @@ class Dither:
         key: int,
     ) -> None:
         if stored.name not in self.TYPES:
-            return
+            return  # norms; a matrix of another type is refused by `check`
         blocks = raw.reshape(-1, stored.block_bytes)
         step = np.abs(blocks[:, :2].copy().view(np.float16).astype(np.float32))
         noise = np.random.default_rng((self.seed, key)).standard_normal(
             (len(blocks), stored.block_size), dtype=np.float32
         )
         values.reshape(-1, stored.block_size)[:] += self.strength * step * noise
+
+
+@dataclass(frozen=True)
+class Faults:
+    """How many weights cannot be stored."""
+
+    nonfinite: int = 0
+    overflows: int = 0
+
+    def __add__(self, other: Faults) -> Faults:
+        return Faults(self.nonfinite + other.nonfinite, self.overflows + other.overflows)
+
+    def check(self, job: Job) -> None:
+        """Raise InputError naming the tensor, unless all is well."""
+        if self.nonfinite:
+            raise InputError(
+                f"{job.name}: {self.nonfinite} weights are NaN or Inf; the checkpoint is damaged "
+                f"(--allow-nonfinite converts it all the same)"
+            )
+        if self.overflows:
+            raise InputError(
+                f"{job.name}: {self.overflows} weights are too large for {job.to} (above "
+                f"{F16_MAX:.0f}); use bf16 or f32, or another type for this tensor"
+            )
 
 
 @dataclass(frozen=True)
@@ -105,17 +148,15 @@ def quantize_stream(
     """
     local = threading.local()
     free = _Buffers()
-    pending: deque[tuple[Job, npt.NDArray[np.uint8], bool, list[Future[int]]]] = deque()
-    bad: dict[str, int] = {}
+    pending: deque[tuple[Job, npt.NDArray[np.uint8], bool, list[Future[Faults]]]] = deque()
+    faults: dict[str, Faults] = {}
 
     def finish() -> Slab:
         job, data, last, futures = pending.popleft()
-        bad[job.name] = bad.get(job.name, 0) + sum(f.result() for f in futures)
-        if last and bad[job.name] and not allow_nonfinite:
-            raise InputError(
-                f"{job.name}: {bad[job.name]} weights are NaN or Inf; the checkpoint is damaged "
-                f"(--allow-nonfinite converts it all the same)"
-            )
+        for future in futures:
+            faults[job.name] = faults.get(job.name, Faults()) + future.result()
+        if last and not allow_nonfinite:
+            faults[job.name].check(job)
         return Slab(job, data, last)
 
     with ThreadPoolExecutor(threads, thread_name_prefix="dsq-quantize") as pool:
@@ -163,7 +204,7 @@ class _Buffers:
 
 def _submit(
     pool: ThreadPoolExecutor, job: Job, start: int, stop: int, local: Any, free: _Buffers
-) -> tuple[npt.NDArray[np.uint8], list[Future[int]]]:
+) -> tuple[npt.NDArray[np.uint8], list[Future[Faults]]]:
     if job.is_copy and job.order is None:
         out = job.raw[start:stop]
     else:
@@ -175,15 +216,13 @@ def _submit(
     ]
 
 
-def _convert(job: Job, start: int, stop: int, out: npt.NDArray[np.uint8], local: Any) -> int:
-    """Convert rows [start, stop) into `out`; returns how many weights are not finite."""
+def _convert(job: Job, start: int, stop: int, out: npt.NDArray[np.uint8], local: Any) -> Faults:
+    """Convert rows [start, stop) into `out`."""
     raw = job.raw[start:stop] if job.order is None else job.raw[job.order[start:stop]]
     if job.is_copy:
         if job.order is not None:
             out[:] = raw
-        if ggml.is_valid(raw, job.stored):
-            return 0
-        return _count_nonfinite(ggml.dequantize(raw, job.stored, job.n_per_row))
+        return Faults(_count_nonfinite(ggml.dequantize(raw, job.stored, job.n_per_row)), 0)
     size = (stop - start) * job.n_per_row
     scratch = getattr(local, "scratch", None)
     if scratch is None or scratch.size < size:
@@ -193,8 +232,19 @@ def _convert(job: Job, start: int, stop: int, out: npt.NDArray[np.uint8], local:
     if job.noise is not None:
         job.noise.add(values, raw, job.stored, _key(job.name, start))
     bad = _count_nonfinite(values)
+    if bad and job.to.is_quantized:
+        # ggml's search over a grid aborts the process on NaN.
+        np.nan_to_num(values, copy=False, posinf=0.0, neginf=0.0)
     ggml.quantize_into(values, job.to, out, job.imatrix)
-    return bad
+    return Faults(bad, 0 if bad else _count_overflows(job, values, out))
+
+
+def _count_overflows(job: Job, values: npt.NDArray[np.float32], out: npt.NDArray[np.uint8]) -> int:
+    """Weights so large that what was stored is Inf: f16 values, or block scales in f16."""
+    if job.to in (F32, BF16) or max(float(values.max()), -float(values.min())) <= F16_MAX:
+        return 0
+    stored = ggml.dequantize(out, job.to, job.n_per_row)
+    return 0 if np.isfinite(stored).all() else int(np.count_nonzero(np.abs(values) > F16_MAX))
 
 
 def _count_nonfinite(values: npt.NDArray[np.float32]) -> int:

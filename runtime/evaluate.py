@@ -13,11 +13,11 @@ from typing import Any, Protocol
 
 from dsq.errors import InputError
 from dsq.quant.drift import Accumulator, Drift, PackedRows, pack
+from dsq.quant.threads import default_threads
 from dsq.runtime import windows as protocol
 from dsq.runtime.engine import Engine
 from dsq.runtime.reference_cache import CorruptEntry, ReferenceCache, Shape
 from dsq.runtime.source import EngineSettings, Source
-from dsq.runtime.threads import default_threads
 from dsq.runtime.windows import Windows
 from dsq.tokenizer_port.tokenizer import Tokenizer
 

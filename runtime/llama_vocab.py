@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 from pathlib import Path
 
 import llama_cpp
@@ -23,7 +24,7 @@ class LlamaVocab:
         llama_cpp.llama_backend_init()
         params = llama_cpp.llama_model_default_params()
         params.vocab_only = True
-        self._model = llama_cpp.llama_model_load_from_file(str(path).encode(), params)
+        self._model = llama_cpp.llama_model_load_from_file(os.fsencode(path), params)
         if not self._model:
             raise InputError(f"{path}: llama.cpp cannot load it: {llama_log.last_errors()}")
         self._vocab = llama_cpp.llama_model_get_vocab(self._model)

@@ -7,6 +7,7 @@ sequences and copies logits in Python; dsq needs none of the three.
 from __future__ import annotations
 
 import ctypes
+import os
 import warnings
 from collections.abc import Sequence
 from functools import cached_property
@@ -19,9 +20,9 @@ import numpy.typing as npt
 
 from dsq.errors import DsqError, InputError
 from dsq.quant.scheme import ggml_type
+from dsq.quant.threads import default_threads
 from dsq.runtime import llama_log
 from dsq.runtime.engine import Floats
-from dsq.runtime.threads import default_threads
 
 if TYPE_CHECKING:
     from dsq.tokenizer_port.tokenizer import Tokenizer
@@ -88,7 +89,7 @@ class LlamaCppEngine:
     def _load(self, n_gpu_layers: int) -> llama_cpp.llama_model_p:
         params = llama_cpp.llama_model_default_params()
         params.n_gpu_layers = n_gpu_layers
-        model = llama_cpp.llama_model_load_from_file(str(self.path).encode(), params)
+        model = llama_cpp.llama_model_load_from_file(os.fsencode(self.path), params)
         if not model:
             raise InputError(f"{self.path}: llama.cpp cannot load it: {llama_log.last_errors()}")
         return model

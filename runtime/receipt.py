@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -86,7 +86,8 @@ class Verification:
 
 def receipt_path(artifact: Path) -> Path:
     """`model.gguf` → `model.gguf.receipt.json` beside it."""
-    return artifact.resolve().with_name(f"{artifact.resolve().name}.receipt.json")
+    path = Path.cwd() / artifact  # not resolved: the hub's cache links to hashes
+    return path.with_name(f"{path.name}.receipt.json")
 
 
 def write_receipt(verification: Verification, path: Path) -> None:
@@ -118,10 +119,6 @@ def side_files(checkpoint: HfCheckpoint | GgufCheckpoint) -> list[Path]:
         if path.is_file() and not path.name.endswith(".receipt.json")
     }
     return sorted(weights | beside)
-
-
-def total_bytes(paths: Iterable[Path]) -> int:
-    return sum(path.stat().st_size for path in paths)
 
 
 def _sha256(path: Path, progress: Callable[[int], None]) -> tuple[int, str]:

@@ -71,7 +71,15 @@ class ReferenceCache:
         self.limit = limit
 
     def accepts(self, shape: Shape) -> bool:
-        return shape.file_bytes <= self.limit
+        """Whether an entry of that shape fits the bound, and the folder can be written."""
+        return shape.file_bytes <= self.limit and self._writable()
+
+    def _writable(self) -> bool:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError:
+            return False
+        return os.access(self.folder, os.W_OK)
 
     def open(self, key: str, shape: Shape) -> StoredReference | None:
         """The entry, marked as just used; None when there is none (any more)."""

@@ -35,6 +35,10 @@ class Source:
         self.path = Path(path)
         if not self.path.exists():
             raise InputError(f"{path}: no such file or directory")
+        if self.path.is_dir() and not (self.path / "config.json").is_file():
+            from dsq.convert.checkpoint import open_checkpoint
+
+            self.path = open_checkpoint(self.path).path  # the one GGUF in there
         self.is_gguf = not self.path.is_dir()
 
     @cached_property
@@ -85,6 +89,9 @@ class Source:
             return f"llama.cpp {llama_cpp.__version__} {file_identity(self.files)}"
         from importlib.metadata import version
 
+        from dsq.runtime.torch_engine import require_torch
+
+        require_torch(self.path)
         config = self.path / "config.json"
         libraries = f"torch {version('torch')} transformers {version('transformers')}"
         return f"{libraries} {file_identity([*self.files, config])}"

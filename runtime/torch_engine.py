@@ -18,8 +18,8 @@ import numpy.typing as npt
 from dsq.convert.checkpoint import open_checkpoint
 from dsq.convert.spec import ModelSpec
 from dsq.errors import DsqError, InputError
+from dsq.quant.threads import default_threads
 from dsq.runtime.engine import Floats
-from dsq.runtime.threads import default_threads
 
 if TYPE_CHECKING:
     from dsq.tokenizer_port.tokenizer import Tokenizer
@@ -27,18 +27,26 @@ if TYPE_CHECKING:
 _WINDOW_TOKENS = 2048  # at most so many tokens at once, as in llama.cpp's batches
 
 
+def require_torch(path: str | Path) -> None:
+    """Raise InputError, naming the extra, when torch or transformers is missing."""
+    try:
+        import torch  # noqa: F401
+        import transformers  # noqa: F401
+    except ImportError as error:
+        raise InputError(
+            f"{path}: a Hugging Face directory is run by PyTorch, which is not installed "
+            f"({error}); pip install 'dsq[torch]', or convert the model to GGUF"
+        ) from error
+
+
 class TorchEngine:
     """See `dsq.runtime.engine.Engine`. Raises InputError without the torch extra."""
 
     def __init__(self, path: str | Path, *, n_ctx: int = 0, n_threads: int | None = None) -> None:
-        try:
-            import torch
-            from transformers import LlamaForCausalLM
-        except ImportError as error:
-            raise InputError(
-                f"{path}: a Hugging Face directory is run by PyTorch, which is not installed "
-                f"({error}); pip install 'dsq[torch]', or convert the model to GGUF"
-            ) from error
+        require_torch(path)
+        import torch
+        from transformers import LlamaForCausalLM
+
         self.path = Path(path)
         self._checkpoint = open_checkpoint(self.path)
         spec = self._checkpoint.spec
@@ -52,7 +60,7 @@ class TorchEngine:
                 dtype=torch.float32,
                 attn_implementation="sdpa",
                 local_files_only=True,
-                use_safetensors=True,
+                use_safetensors=None,  # .bin only where there is nothing else, weights_only
             ).eval()
         check_rope(self._model, spec, self.path)
         self._n_vocab = spec.n_vocab

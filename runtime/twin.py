@@ -9,6 +9,7 @@ type. Hidden states enter as embeddings and leave as the last layer's output.
 from __future__ import annotations
 
 import ctypes
+import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -25,7 +26,7 @@ from dsq.convert.checkpoint import GgufCheckpoint
 from dsq.convert.gguf.metadata import ARCH, STRING, U32, KeyValue
 from dsq.convert.gguf.reader import GgufFile, read_gguf
 from dsq.convert.gguf.writer import OutTensor, gguf_layout, write_gguf
-from dsq.convert.tensor_plan import ROPE_FREQS
+from dsq.convert.names import ROPE_FREQS
 from dsq.convert.tensors import TensorInfo
 from dsq.errors import DsqError, InputError
 from dsq.quant import ggml
@@ -151,7 +152,7 @@ class LlamaGraph:
         model = llama_cpp.llama_model_default_params()
         model.n_gpu_layers = 0
         model.use_extra_bufts = False  # repacked weights would take their size in memory again
-        self._model = llama_cpp.llama_model_load_from_file(str(path).encode(), model)
+        self._model = llama_cpp.llama_model_load_from_file(os.fsencode(path), model)
         if not self._model:
             raise DsqError(f"llama.cpp cannot load it: {llama_log.last_errors()}")
         params = llama_cpp.llama_context_default_params()

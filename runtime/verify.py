@@ -14,20 +14,20 @@ import numpy as np
 from dsq.convert.checkpoint import GgufCheckpoint, HfCheckpoint, open_checkpoint
 from dsq.convert.gguf.reader import read_gguf
 from dsq.convert.gguf.spec import spec_from_gguf
+from dsq.convert.names import ROPE_FREQS
 from dsq.convert.rope import describe
-from dsq.convert.tensor_plan import ROPE_FREQS
 from dsq.convert.verify_metadata import (
     hyperparameter_differences,
     rope_differences,
     template_differences,
     vocabulary_differences,
 )
-from dsq.convert.verify_tensors import compare_tensors, named_tensors, unmatched
+from dsq.convert.verify_tensors import compare_tensors, named_tensors, rounded, unmatched
 from dsq.errors import DsqError
+from dsq.quant.threads import default_threads
 from dsq.runtime import verify_logits
 from dsq.runtime.llama_vocab import LlamaVocab
 from dsq.runtime.receipt import Check, Verification, hash_side
-from dsq.runtime.threads import default_threads
 from dsq.runtime.twin import LlamaGraph
 from dsq.runtime.verify_logits import LogitsResult, compare_logits, mean_kld
 from dsq.tokenizer_port.corpus import corpus
@@ -263,14 +263,10 @@ def _logits_check(result: LogitsResult, ours: Any, theirs: Any) -> Check:
         where = "in the final norm or the head" if layer is None else f"by layer {layer}"
         detail += f"; llama.cpp and the source's graph part {where}"
     data = {
-        "difference": _rounded(result.difference),
-        "mean_difference": _rounded(result.mean_difference),
+        "difference": rounded(result.difference),
+        "mean_difference": rounded(result.mean_difference),
         "tolerance": tolerance,
-        "same_top_token": _rounded(result.same_top),
-        "hidden_state_error": {str(i): _rounded(e) for i, e in result.hidden},
+        "same_top_token": rounded(result.same_top),
+        "hidden_state_error": {str(i): rounded(e) for i, e in result.hidden},
     }
     return Check(result.name, result.ok, detail, data)
-
-
-def _rounded(value: float) -> float | None:
-    return float(f"{value:.6g}") if np.isfinite(value) else None  # JSON has no NaN

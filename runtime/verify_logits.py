@@ -15,9 +15,9 @@ import numpy.typing as npt
 
 from dsq.convert.checkpoint import GgufCheckpoint
 from dsq.convert.gguf.reader import GgufFile
-from dsq.convert.names import expected_tensors, gguf_name, hf_name, permuted_heads
+from dsq.convert.names import ROPE_FREQS, expected_tensors, gguf_name, hf_name, permuted_heads
 from dsq.convert.spec import ModelSpec
-from dsq.convert.tensor_plan import ROPE_FREQS, half_split_rows
+from dsq.convert.tensor_plan import half_split_rows
 from dsq.convert.verify_tensors import release
 from dsq.errors import InputError
 from dsq.runtime import reference

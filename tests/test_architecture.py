@@ -80,3 +80,18 @@ def test_no_generic_name_reaches_site_packages():
     assert 'include = ["dsq*"]' in text
     for room in MAY_IMPORT:
         assert (ROOT / "dsq" / room).is_symlink()
+
+
+def test_no_code_of_a_checkpoint_is_ever_run():
+    for room in MAY_IMPORT:
+        for path in (ROOT / room).rglob("*.py"):
+            tree = ast.parse(path.read_text())
+            names = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name)}
+            names |= {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute)}
+            words = {k.arg for n in ast.walk(tree) if isinstance(n, ast.Call) for k in n.keywords}
+            assert not names & {"AutoTokenizer", "AutoModel", "AutoModelForCausalLM"}, path
+            assert "trust_remote_code" not in words, path
+            for call in (n for n in ast.walk(tree) if isinstance(n, ast.Call)):
+                if ast.unparse(call.func) in ("torch.load", "pickle.load", "pickle.loads"):
+                    keywords = {k.arg: ast.unparse(k.value) for k in call.keywords}
+                    assert keywords.get("weights_only") == "True", path

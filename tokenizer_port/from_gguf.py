@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
+from numbers import Integral
 from typing import Any
 
 from dsq.errors import InputError, UnsupportedError
 from dsq.tokenizer_port import special
+from dsq.tokenizer_port.definition import check_definition
+from dsq.tokenizer_port.json_file import brief, expect, optional, parse_object
 from dsq.tokenizer_port.pretokenize import ADDS_BOS_UNSAID, checked_name, recognise
 from dsq.tokenizer_port.vocabulary import TokenType, Vocabulary, check_unique, pad_token
 
 _PREFIX = "tokenizer.ggml."
 _TEMPLATE = "tokenizer.chat_template"
+_JSON = "tokenizer.huggingface.json"
+_AGAIN = "convert again"
 
 # FIM keys and their names before September 2024.
 _FIM_KEYS = (
@@ -26,34 +30,30 @@ def vocabulary_from_gguf(metadata: Mapping[str, Any], *, pre: str | None = None)
     """The vocabulary in a GGUF's `tokenizer.*` keys; `pre` overrides `tokenizer.ggml.pre`.
 
     `metadata` maps keys to Python values; arrays are lists or numpy arrays.
-    Raises InputError for missing or contradictory keys, UnsupportedError for other tokenizers.
+    Raises InputError for missing, mistyped or contradictory keys, UnsupportedError for other
+    tokenizers. The tokenizer.json inside is read only where `pre` is to be found in it.
     """
-    model = metadata.get(_PREFIX + "model")
-    if model is None:
-        raise InputError(f"{_PREFIX}model: missing: this GGUF has no tokenizer; convert again")
-    if model != "gpt2":
-        raise UnsupportedError(
-            f'{_PREFIX}model: is {model!r}; only "gpt2" (byte-level BPE) is supported'
-        )
-    tokens = [str(token) for token in _array(metadata, "tokens")]
+    _check_model(metadata)
+    tokens = _strings(metadata, "tokens")
     check_unique(tokens, _PREFIX + "tokens")
     index = {token: i for i, token in enumerate(tokens)}
     reader = _Ids(metadata, len(tokens))
     fim = [reader.get(*keys) for keys in _FIM_KEYS]
     if None in fim:
         fim = list(special.find_fim(index))
-    tokenizer_json = metadata.get("tokenizer.huggingface.json")
+    tokenizer_json = optional(metadata.get(_JSON), str, _JSON, _AGAIN)
     name = checked_name(pre) if pre else _pre(metadata, tokenizer_json, index)
     bos = reader.get("bos_token_id")
     eot = reader.get("eot_token_id")
-    add_bos = metadata.get(_PREFIX + "add_bos_token", name in ADDS_BOS_UNSAID)
-    add_space = metadata.get(_PREFIX + "add_space_prefix")
+    add_bos = _flag(metadata, "add_bos_token")
+    if add_bos is None:
+        add_bos = name in ADDS_BOS_UNSAID
     return Vocabulary(
         model="gpt2",
         pre=name,
         tokens=tuple(tokens),
         types=tuple(_types(metadata, tokens)),
-        merges=tuple(str(merge) for merge in _array(metadata, "merges")),
+        merges=tuple(_strings(metadata, "merges")),
         bos=bos,
         eos=reader.get("eos_token_id"),
         eot=special.find_end_of_turn(index) if eot is None else eot,
@@ -62,12 +62,12 @@ def vocabulary_from_gguf(metadata: Mapping[str, Any], *, pre: str | None = None)
         fim_prefix=fim[0],
         fim_suffix=fim[1],
         fim_middle=fim[2],
-        add_bos=bool(add_bos) and bos is not None,
-        add_eos=bool(metadata.get(_PREFIX + "add_eos_token", False)),
-        add_space_prefix=None if add_space is None else bool(add_space),
-        chat_template=metadata.get(_TEMPLATE),
+        add_bos=add_bos and bos is not None,
+        add_eos=bool(_flag(metadata, "add_eos_token")),
+        add_space_prefix=_flag(metadata, "add_space_prefix"),
+        chat_template=optional(metadata.get(_TEMPLATE), str, _TEMPLATE, _AGAIN),
         chat_templates={
-            key.removeprefix(_TEMPLATE + "."): str(value)
+            key.removeprefix(_TEMPLATE + "."): expect(value, str, key, _AGAIN)
             for key, value in metadata.items()
             if key.startswith(_TEMPLATE + ".")
         },
@@ -75,15 +75,39 @@ def vocabulary_from_gguf(metadata: Mapping[str, Any], *, pre: str | None = None)
     )
 
 
-def _array(metadata: Mapping[str, Any], key: str) -> Iterable[Any]:
+def _check_model(metadata: Mapping[str, Any]) -> None:
+    model = optional(metadata.get(_PREFIX + "model"), str, _PREFIX + "model", _AGAIN)
+    if model is None:
+        raise InputError(f"{_PREFIX}model: missing: this GGUF has no tokenizer; convert again")
+    if model != "gpt2":
+        raise UnsupportedError(
+            f'{_PREFIX}model: is {model!r}; only "gpt2" (byte-level BPE) is supported'
+        )
+
+
+def _flag(metadata: Mapping[str, Any], key: str) -> bool | None:
+    return optional(metadata.get(_PREFIX + key), bool, _PREFIX + key, _AGAIN)
+
+
+def _array(metadata: Mapping[str, Any], key: str) -> list[Any]:
     value = metadata.get(_PREFIX + key)
     if value is None:
         raise InputError(
             f"{_PREFIX}{key}: missing, and the tokenizer cannot be read without it; convert again"
         )
-    if isinstance(value, (str, bytes)) or not hasattr(value, "__len__") or len(value) == 0:
-        raise InputError(f"{_PREFIX}{key}: is {value!r}, a list is needed; convert again")
-    items: Iterable[Any] = value.tolist() if hasattr(value, "tolist") else value
+    items = value.tolist() if hasattr(value, "tolist") else value
+    if not isinstance(items, (list, tuple)) or not items:
+        raise InputError(f"{_PREFIX}{key}: is {brief(value)}, a list is needed; convert again")
+    return list(items)
+
+
+def _strings(metadata: Mapping[str, Any], key: str) -> list[str]:
+    items = _array(metadata, key)
+    for i, item in enumerate(items):
+        if not isinstance(item, str):
+            raise InputError(
+                f"{_PREFIX}{key}: entry {i} is {brief(item)}, a string is needed; convert again"
+            )
     return items
 
 
@@ -95,7 +119,13 @@ def _types(metadata: Mapping[str, Any], tokens: list[str]) -> list[int]:
     """
     if metadata.get(_PREFIX + "token_type") is None:
         return [int(_type_unsaid(token)) for token in tokens]
-    types = [int(kind) for kind in _array(metadata, "token_type")]
+    types = _array(metadata, "token_type")
+    for i, kind in enumerate(types):
+        if not _is_integer(kind):
+            raise InputError(
+                f"{_PREFIX}token_type: entry {i} is {brief(kind)}, a whole number is needed; "
+                "convert again"
+            )
     if len(types) != len(tokens):
         raise InputError(
             f"{_PREFIX}token_type: has {len(types)} entries, but {_PREFIX}tokens has "
@@ -114,13 +144,20 @@ def _type_unsaid(token: str) -> TokenType:
     return TokenType.CONTROL if special.looks_special(token) else TokenType.NORMAL
 
 
-def _pre(metadata: Mapping[str, Any], tokenizer_json: Any, index: Mapping[str, int]) -> str:
+def _is_integer(value: Any) -> bool:
+    """Of Python or of numpy; a bool is none."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _pre(metadata: Mapping[str, Any], tokenizer_json: str | None, index: Mapping[str, int]) -> str:
     """`tokenizer.ggml.pre`; files made before April 2024 lack it and are tokenized wrongly."""
-    name = metadata.get(_PREFIX + "pre")
-    if isinstance(name, str) and name not in ("", "default"):
+    name = optional(metadata.get(_PREFIX + "pre"), str, _PREFIX + "pre", _AGAIN)
+    if name is not None and name not in ("", "default"):
         return name
-    if isinstance(tokenizer_json, str):
-        return recognise(json.loads(tokenizer_json))
+    if tokenizer_json is not None:
+        definition = parse_object(tokenizer_json, _JSON)
+        check_definition(definition, _JSON)
+        return recognise(definition, _JSON)
     guess = "deepseek-coder" if "<｜fim▁hole｜>" in index and "û" in index else "NAME"
     raise InputError(
         f"{_PREFIX}pre: is {name!r}, as in files made before April 2024: every current runtime "
@@ -139,7 +176,11 @@ class _Ids:
             value = self._metadata.get(_PREFIX + key)
             if value is None:
                 continue
-            if not 0 <= int(value) < self._n_tokens:
+            if not _is_integer(value):
+                raise InputError(
+                    f"{_PREFIX}{key}: is {brief(value)}, a whole number is needed; convert again"
+                )
+            if not 0 <= value < self._n_tokens:
                 raise InputError(
                     f"{_PREFIX}{key}: is {value}, but there are {self._n_tokens} tokens; "
                     "an id must be one of them: convert again"

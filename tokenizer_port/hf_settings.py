@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dsq.errors import InputError
+from dsq.tokenizer_port.definition import processors
+from dsq.tokenizer_port.json_file import brief, expect, optional, read_object
 
 # Tokenizer classes of transformers that add BOS unless told otherwise.
 _CLASSES_ADDING_BOS = frozenset(
@@ -23,18 +24,31 @@ def read_text(path: Path) -> str:
         raise InputError(f"{path}: cannot be read as UTF-8 text: {error}") from error
 
 
-def parse_json(path: Path, text: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not valid JSON: {error}; download the file again") from error
-    if not isinstance(value, dict):
-        raise InputError(f"{path}: holds a JSON {type(value).__name__}, an object is needed")
-    return value
-
-
 def read_json(path: Path) -> dict[str, Any]:
-    return parse_json(path, read_text(path)) if path.is_file() else {}
+    return read_object(path) if path.is_file() else {}
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """tokenizer_config.json, or nothing; the types of what decides something are checked."""
+    settings = read_json(path)
+    for key in ("add_bos_token", "add_eos_token", "add_prefix_space"):
+        optional(settings.get(key), bool, f"{path}: {key}")
+    optional(settings.get("tokenizer_class"), str, f"{path}: tokenizer_class")
+    for key, entry in decoder_entries(path, settings).items():
+        # ASCII only: isdigit() is true of "²", and nine digits are more than any vocabulary has.
+        if token_text(entry) is None or not (key.isascii() and key.isdigit() and len(key) < 10):
+            raise InputError(
+                f"{path}: added_tokens_decoder.{key} is {brief(entry)}; a row number and an "
+                "object with the token's content are needed: correct the entry"
+            )
+        if isinstance(entry, dict):
+            optional(entry.get("special"), bool, f"{path}: added_tokens_decoder.{key}.special")
+    return settings
+
+
+def decoder_entries(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
+    what = f"{path}: added_tokens_decoder"
+    return optional(settings.get("added_tokens_decoder"), dict, what) or {}
 
 
 def is_special(entry: Any) -> bool:
@@ -57,41 +71,40 @@ class SpecialIds:
     generation_config: Mapping[str, Any]
 
     def find(self, name: str, *, required: bool = False) -> int | None:
+        """The id of BOS, EOS, ...; unless `required`, what names no token is passed over."""
         token_map = self.directory / "special_tokens_map.json"
         for path, source in (
             (self.directory / "tokenizer_config.json", self.settings),
             (token_map, read_json(token_map)),
         ):
-            text = token_text(source.get(f"{name}_token"))
-            if text is None:
-                continue
-            if text in self.index:
+            entry = source.get(f"{name}_token")
+            text = token_text(entry)
+            if text is not None and text in self.index:
                 return self.index[text]
-            if required:
+            if required and entry is not None:
                 raise InputError(
-                    f"{path}: {name}_token is {text!r}, which is no token of tokenizer.json; "
-                    "correct the name or add the token"
+                    f"{path}: {name}_token is {brief(entry if text is None else text)}, which is "
+                    "no token of tokenizer.json; correct the name or add the token"
                 )
-        for source_name, config in (
+        for file, config in (
             ("config.json", self.config),
             ("generation_config.json", self.generation_config),
         ):
-            value = config.get(f"{name}_token_id")
-            if isinstance(value, list) and value:
-                value = value[0]  # several stop tokens: the first is the model's own
-            if isinstance(value, int) and not isinstance(value, bool):
-                if not 0 <= value < len(self.index):
-                    if not required:  # -1 is a common way to say "no pad token"
-                        continue
-                    raise InputError(
-                        f"{source_name}: {name}_token_id is {value}, but the embedding has "
-                        f"{len(self.index)} rows; correct the id"
-                    )
+            said = config.get(f"{name}_token_id")
+            # Several stop tokens: the first is the model's own.
+            value = said[0] if isinstance(said, list) and said else said
+            if type(value) is int and 0 <= value < len(self.index):
                 return value
+            if required and said is not None:  # else -1 is a common way to say "no pad token"
+                raise InputError(
+                    f"{file}: {name}_token_id is {brief(said)}, but must be the number of one of "
+                    f"the embedding's {len(self.index)} rows; correct the id"
+                )
         return None
 
 
 def adds(
+    directory: Path,
     settings: Mapping[str, Any],
     tokenizer: Mapping[str, Any],
     name: str,
@@ -104,12 +117,9 @@ def adds(
     said = settings.get(f"add_{name}_token")
     if isinstance(said, bool):
         return said
-    processor = tokenizer.get("post_processor") or {}
-    for step in processor.get("processors") or [processor]:
-        pieces = step.get("single") or []
-        if step.get("type") == "TemplateProcessing" and len(pieces) > 1:
-            piece = pieces[0 if name == "bos" else -1]
-            return "SpecialToken" in piece
+    for step in processors(tokenizer, str(directory / "tokenizer.json")):
+        if step.get("type") == "TemplateProcessing" and len(step["single"]) > 1:
+            return "SpecialToken" in step["single"][0 if name == "bos" else -1]
     if name == "eos" or row is None:
         return False
     return settings.get("tokenizer_class") in _CLASSES_ADDING_BOS
@@ -119,17 +129,25 @@ def chat_templates(
     directory: Path, settings: Mapping[str, Any]
 ) -> tuple[str | None, dict[str, str]]:
     """(the default template, the named others); chat_template.jinja goes before the JSON's."""
-    named: dict[str, str] = {}
-    entry = settings.get("chat_template")
-    if isinstance(entry, str):
-        named["default"] = entry
-    elif isinstance(entry, list):
-        for item in entry:
-            if isinstance(item, Mapping) and isinstance(item.get("template"), str):
-                named[str(item.get("name", "default"))] = item["template"]
+    named = _templates_of(directory / "tokenizer_config.json", settings.get("chat_template"))
     path = directory / "chat_template.jinja"
     if path.is_file():
         named["default"] = read_text(path)
     for path in sorted((directory / "additional_chat_templates").glob("*.jinja")):
         named[path.stem] = read_text(path)
     return named.pop("default", None), named
+
+
+def _templates_of(path: Path, entry: Any) -> dict[str, str]:
+    """`chat_template`: one template, or a list of objects with name and template."""
+    what = f"{path}: chat_template"
+    remedy = "give one template as a string, or a list of objects with name and template"
+    if not isinstance(entry, list):
+        one = optional(entry, str, what, remedy)
+        return {} if one is None else {"default": one}
+    named: dict[str, str] = {}
+    for i, item in enumerate(entry):
+        expect(item, dict, f"{what}[{i}]", remedy)
+        name = expect(item.get("name"), str, f"{what}[{i}].name", remedy)
+        named[name] = expect(item.get("template"), str, f"{what}[{i}].template", remedy)
+    return named

@@ -10,17 +10,20 @@ from typing import Any
 
 from dsq.errors import InputError, UnsupportedError
 from dsq.tokenizer_port import special
+from dsq.tokenizer_port.definition import added_entries, check_definition
 from dsq.tokenizer_port.from_gguf import vocabulary_from_gguf
 from dsq.tokenizer_port.hf_settings import (
     SpecialIds,
     adds,
     chat_templates,
+    decoder_entries,
     is_special,
-    parse_json,
     read_json,
+    read_settings,
     read_text,
     token_text,
 )
+from dsq.tokenizer_port.json_file import brief, expect, parse_object
 from dsq.tokenizer_port.pretokenize import checked_name, recognise
 from dsq.tokenizer_port.vocabulary import TokenType, Vocabulary, check_unique, pad_token
 
@@ -50,9 +53,10 @@ def load_hf(
     """
     path = directory / "tokenizer.json"
     text = _read_tokenizer_json(path)
-    tokenizer = parse_json(path, text)
-    settings = read_json(directory / "tokenizer_config.json")
+    tokenizer = parse_object(text, str(path))
+    settings = read_settings(directory / "tokenizer_config.json")
     _check_model(path, tokenizer)
+    check_definition(tokenizer, str(path))
 
     added = _added_tokens(path, tokenizer)
     missing = _missing_added(directory, settings, added)
@@ -60,7 +64,7 @@ def load_hf(
         # Some fine-tunes keep their tokens in added_tokens.json only; transformers adds them.
         added.update(missing)
         tokenizer["added_tokens"] = [
-            *tokenizer.get("added_tokens", []),
+            *added_entries(tokenizer, str(path)),
             *(_added_entry(token) for token in missing.values()),
         ]
         text = json.dumps(tokenizer, ensure_ascii=False)
@@ -70,11 +74,10 @@ def load_hf(
     ids = SpecialIds(directory, index, settings, config or {}, generation_config or {})
     bos = ids.find("bos", required=True)
     fim_prefix, fim_suffix, fim_middle = special.find_fim(index)
-    add_space = settings.get("add_prefix_space")
     template, templates = chat_templates(directory, settings)
     return Vocabulary(
         model="gpt2",
-        pre=checked_name(pre) if pre else recognise(tokenizer),
+        pre=checked_name(pre) if pre else recognise(tokenizer, str(path)),
         tokens=tuple(tokens),
         types=tuple(types),
         merges=tuple(_merges(path, tokenizer["model"].get("merges") or [])),
@@ -86,9 +89,9 @@ def load_hf(
         fim_prefix=fim_prefix,
         fim_suffix=fim_suffix,
         fim_middle=fim_middle,
-        add_bos=adds(settings, tokenizer, "bos", bos),
-        add_eos=adds(settings, tokenizer, "eos", None),
-        add_space_prefix=add_space if isinstance(add_space, bool) else None,
+        add_bos=adds(directory, settings, tokenizer, "bos", bos),
+        add_eos=adds(directory, settings, tokenizer, "eos", None),
+        add_space_prefix=settings.get("add_prefix_space"),
         chat_template=template,
         chat_templates=templates,
         tokenizer_json=text,
@@ -107,23 +110,19 @@ def _read_tokenizer_json(path: Path) -> str:
 
 
 def _check_model(path: Path, tokenizer: Mapping[str, Any]) -> None:
-    model = tokenizer.get("model")
-    if not isinstance(model, Mapping) or not isinstance(model.get("vocab"), (dict, list)):
-        raise InputError(f"{path}: has no model with a vocab; download the file again")
+    """Refuse what is well formed, but no byte-level BPE."""
+    model = expect(tokenizer.get("model"), dict, f"{path}: model")
     kind = model.get("type", "BPE")  # files of tokenizers < 0.10 do not say it
-    if kind != "BPE" or not isinstance(model["vocab"], dict):
-        raise UnsupportedError(f"{path}: model.type is {kind!r}; only byte-level BPE is supported")
+    if kind != "BPE":
+        raise UnsupportedError(
+            f"{path}: model.type is {brief(kind)}; only byte-level BPE is supported"
+        )
     steps = json.dumps([tokenizer.get("normalizer"), tokenizer.get("pre_tokenizer")])
     if model.get("byte_fallback") or "ByteLevel" not in steps:
         raise UnsupportedError(
             f"{path}: is SentencePiece-style BPE (byte_fallback, as in Llama 2 and CodeLlama); "
             "only byte-level BPE is supported: convert this model with llama.cpp's own converter"
         )
-    for key in ("continuing_subword_prefix", "end_of_word_suffix"):
-        if model.get(key):
-            raise UnsupportedError(
-                f"{path}: model.{key} is {model[key]!r}; byte-level BPE in GGUF has no such mark"
-            )
 
 
 def _added_entry(token: _Added) -> dict[str, Any]:
@@ -133,13 +132,8 @@ def _added_entry(token: _Added) -> dict[str, Any]:
 
 def _added_tokens(path: Path, tokenizer: Mapping[str, Any]) -> dict[str, _Added]:
     found: dict[str, _Added] = {}
-    for entry in tokenizer.get("added_tokens") or []:
-        try:
-            token = _Added(int(entry["id"]), str(entry["content"]), bool(entry.get("special")))
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise InputError(
-                f"{path}: added_tokens holds {entry!r}, which has no id and content"
-            ) from error
+    for entry in added_entries(tokenizer, str(path)):
+        token = _Added(entry["id"], entry["content"], bool(entry.get("special")))
         _add(path, found, token)
     return found
 
@@ -160,14 +154,11 @@ def _missing_added(
     path = directory / "added_tokens.json"
     found: dict[str, _Added] = {}
     for text, row in read_json(path).items():
-        if not isinstance(row, int):
-            raise InputError(f"{path}: token {text!r} has the id {row!r}, a number is needed")
+        expect(row, int, f"{path}: the id of {text!r}", "correct it")
         _add(path, found, _Added(row, text, special=False))
     path = directory / "tokenizer_config.json"
-    for key, entry in (settings.get("added_tokens_decoder") or {}).items():
-        content = token_text(entry)
-        if content is None or not str(key).isdigit():
-            raise InputError(f"{path}: added_tokens_decoder.{key} is {entry!r}, no token")
+    for key, entry in decoder_entries(path, settings).items():
+        content = token_text(entry) or ""
         _add(path, found, _Added(int(key), content, special=is_special(entry)))
     for token in found.values():
         if token.text in added:
@@ -186,8 +177,10 @@ def _rows(
     rows: dict[int, str] = {}
     entries = [*vocab.items(), *((t.text, t.id) for t in added.values())]
     for text, row in entries:
-        if not isinstance(row, int) or row < 0:
-            raise InputError(f"{path}: token {text!r} has the id {row!r}, no row number")
+        if row < 0:
+            raise InputError(
+                f"{path}: token {text!r} has the id {row}, no row number; correct the id"
+            )
         if rows.setdefault(row, text) != text:
             raise InputError(
                 f"{path}: id {row} belongs to {rows[row]!r} and to {text!r}; "
@@ -202,7 +195,7 @@ def _rows(
         )
     marked = {
         content
-        for entry in (settings.get("added_tokens_decoder") or {}).values()
+        for entry in decoder_entries(path, settings).values()
         if is_special(entry) and (content := token_text(entry)) is not None
     }
     tokens = [rows.get(i, pad_token(i)) for i in range(n_rows)]
@@ -232,7 +225,10 @@ def _merges(path: Path, merges: list[Any]) -> list[str]:
             continue
         pair = merge.split(" ") if isinstance(merge, str) else merge
         if not (isinstance(pair, list) and len(pair) == 2 and all(_is_word(p) for p in pair)):
-            raise InputError(f"{path}: merge {i} is {merge!r}, not two tokens with one space")
+            raise InputError(
+                f"{path}: merge {i} is {brief(merge)}, not two tokens with one space; "
+                "download the file again"
+            )
         found.append(f"{pair[0]} {pair[1]}")
     return found
 

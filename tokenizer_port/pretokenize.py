@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dsq.errors import InputError, UnsupportedError
+from dsq.tokenizer_port.json_file import expect, optional
 from dsq.tokenizer_port.regexes import (
     BAILING,
     CJK,
@@ -191,21 +192,27 @@ def checked_name(pre: str) -> str:
     raise InputError(f"--pre {pre}: llama.cpp has no pre-tokenizer of this name; {hint}")
 
 
-def recognise(tokenizer_json: Mapping[str, Any]) -> str:
-    """llama.cpp's pre-tokenizer name for a parsed tokenizer.json.
+def recognise(tokenizer_json: Mapping[str, Any], where: str = "tokenizer.json") -> str:
+    """llama.cpp's pre-tokenizer name for a parsed tokenizer.json; `where` names it in errors.
 
     Raises UnsupportedError naming the nearest known chain and the first step that differs.
     """
-    model = tokenizer_json.get("model") or {}
-    chain = Chain(
-        steps=tuple(_flatten(tokenizer_json.get("pre_tokenizer"), "pretokenizers")),
-        normalizers=tuple(_flatten(tokenizer_json.get("normalizer"), "normalizers")),
-        ignore_merges=bool(model.get("ignore_merges", False)),
-    )
+    chain = chain_of(tokenizer_json, where)
     for name, known in CHAINS.items():
         if chain == known:
             return name
-    raise UnsupportedError(_unknown(chain))
+    raise UnsupportedError(_unknown(chain, where))
+
+
+def chain_of(tokenizer_json: Mapping[str, Any], where: str) -> Chain:
+    """The chain of a parsed tokenizer.json. Raises InputError where it is none at all."""
+    model = optional(tokenizer_json.get("model"), dict, f"{where}: model") or {}
+    ignores = optional(model.get("ignore_merges"), bool, f"{where}: model.ignore_merges")
+    chains = {
+        key: tuple(_flatten(tokenizer_json.get(name), key, f"{where}: {name}"))
+        for name, key in (("pre_tokenizer", "pretokenizers"), ("normalizer", "normalizers"))
+    }
+    return Chain(chains["pretokenizers"], chains["normalizers"], ignore_merges=bool(ignores))
 
 
 def chain_for(pre: str) -> dict[str, Any]:
@@ -244,14 +251,16 @@ def _sequence(steps: list[Step], key: str) -> Step | None:
     return {"type": "Sequence", key: steps}
 
 
-def _flatten(node: Any, key: str) -> list[Step]:
+def _flatten(node: Any, key: str, what: str) -> list[Step]:
     """The steps of a (nested) Sequence, each reduced to what decides where text is cut."""
     if node is None:
         return []
-    if not isinstance(node, Mapping):
-        return [{"type": f"{node!r}"}]
+    expect(node, dict, what)
     if node.get("type") == "Sequence":
-        return [step for child in node.get(key) or [] for step in _flatten(child, key)]
+        what += f".{key}"
+        children = expect(node.get(key), list, what)
+        steps = (expect(child, dict, f"{what}: a step") for child in children)
+        return [step for child in steps for step in _flatten(child, key, what)]
     step = {k: v for k, v in node.items() if k != "trim_offsets"}
     if step.get("type") == "ByteLevel":
         step = {"add_prefix_space": True, "use_regex": True, **step}
@@ -267,7 +276,7 @@ def _spell_newlines(regex: str) -> str:
     return regex.replace("\r", r"\r").replace("\n", r"\n").replace("\t", r"\t")
 
 
-def _unknown(chain: Chain) -> str:
+def _unknown(chain: Chain, where: str) -> str:
     def common(name: str) -> int:
         pairs = zip(chain.all_steps(), CHAINS[name].all_steps(), strict=False)
         return next((i for i, (a, b) in enumerate(pairs) if a != b), 10**6)
@@ -279,7 +288,7 @@ def _unknown(chain: Chain) -> str:
     at = common(nearest)
     ours, theirs = chain.all_steps(), CHAINS[nearest].all_steps()
     return (
-        f"tokenizer.json: pre-tokenizer chain not known: step {at + 1} is {_describe(ours, at)}, "
+        f"{where}: pre-tokenizer chain not known: step {at + 1} is {_describe(ours, at)}, "
         f"where the nearest known chain, {nearest}, has {_describe(theirs, at)}; "
         "if you know llama.cpp's name for it, give it with --pre NAME"
     )

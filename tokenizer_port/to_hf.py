@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from dsq.errors import InputError
+from dsq.tokenizer_port.definition import added_entries, check_definition, processors
+from dsq.tokenizer_port.json_file import parse_object
 from dsq.tokenizer_port.pretokenize import chain_for
 from dsq.tokenizer_port.vocabulary import TokenType, Vocabulary
+
+EMBEDDED = "tokenizer.huggingface.json"  # GGUF's key for the whole tokenizer.json
 
 _ADDED = (TokenType.CONTROL, TokenType.USER_DEFINED, TokenType.UNKNOWN)
 
@@ -20,18 +23,14 @@ def tokenizer_json(vocab: Vocabulary) -> dict[str, Any]:
     """
     if vocab.tokenizer_json is None:
         return _rebuilt(vocab)
-    try:
-        own: dict[str, Any] = json.loads(vocab.tokenizer_json)
-        tokens: dict[str, int] = dict(own["model"]["vocab"])
-        added = {str(entry["content"]): int(entry["id"]) for entry in own["added_tokens"] or []}
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(
-            f"tokenizer.huggingface.json: not a tokenizer.json: {error!r}; convert again"
-        ) from error
+    own = parse_object(vocab.tokenizer_json, EMBEDDED)
+    check_definition(own, EMBEDDED)
+    tokens: dict[str, int] = dict(own["model"]["vocab"])
+    added = {entry["content"]: entry["id"] for entry in added_entries(own, EMBEDDED)}
     for token, i in (*tokens.items(), *added.items()):
         if not 0 <= i < len(vocab.tokens) or vocab.tokens[i] != token:
             raise InputError(
-                f"tokenizer.huggingface.json: {token!r} has the id {i}, but in "
+                f"{EMBEDDED}: {token!r} has the id {i}, but in "
                 "tokenizer.ggml.tokens that id is another token's; the two must agree: convert "
                 "again"
             )
@@ -135,8 +134,7 @@ def with_bos(tokenizer: dict[str, Any], vocab: Vocabulary) -> dict[str, Any]:
     """The same tokenizer.json with a post-processor that adds BOS, if the model wants one."""
     if not vocab.add_bos or vocab.bos is None:
         return tokenizer
-    own = tokenizer.get("post_processor")
-    steps = (own or {}).get("processors") or ([own] if own else [])
+    steps = processors(tokenizer, EMBEDDED)
     if any(step.get("type") == "TemplateProcessing" for step in steps):
         return tokenizer
     text = vocab.tokens[vocab.bos]

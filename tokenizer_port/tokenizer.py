@@ -184,6 +184,10 @@ class Tokenizer:
             raise InputError(
                 f"text cannot be encoded: {error}; it must be valid Unicode without surrogates"
             ) from error
+        except BaseException as error:
+            if not _is_theirs(error):
+                raise
+            raise _refusal(error, "encode with it") from error
         return ids
 
     def _with_bos(self, ids: list[int], wanted: bool) -> list[int]:
@@ -217,8 +221,19 @@ def _build(definition: Mapping[str, Any]) -> tokenizers.Tokenizer:
     text = json.dumps({**definition, "model": model}, ensure_ascii=False)
     try:
         return tokenizers.Tokenizer.from_str(text)
-    except Exception as error:  # `tokenizers` raises bare Exception
-        raise InputError(
-            f"tokenizer.json: the tokenizers library cannot build it: {error}; "
-            "the vocabulary and the merges do not fit together: convert again"
-        ) from error
+    except BaseException as error:
+        if not _is_theirs(error):
+            raise
+        raise _refusal(error, "build it") from error
+
+
+def _is_theirs(error: BaseException) -> bool:
+    """`tokenizers` raises bare Exception, or panics, which is no Exception at all."""
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
+
+
+def _refusal(error: BaseException, what: str) -> InputError:
+    return InputError(
+        f"tokenizer.json: the tokenizers library cannot {what}: {' '.join(str(error).split())}; "
+        "the vocabulary and the merges do not fit together: convert again"
+    )

@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 
 from dsq.convert.gguf.reader import GgufFile
+from dsq.convert.names import ROPE_FREQS
 from dsq.convert.rope import rope_from_gguf
 from dsq.convert.spec import ModelSpec
 from dsq.errors import InputError, UnsupportedError
 from dsq.quant.scheme import F32
 
 ARCH = "llama"
-ROPE_FREQS = "rope_freqs.weight"
 
 # Keys under which llama.cpp computes something else than a plain Llama; zero or false is harmless.
 _UNSUPPORTED = {

@@ -7,28 +7,48 @@ RoPE factor under a key that exllamav2 does not read.
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from dsq.convert.atomic import atomic_directory, check_target, start_writeback
+from dsq.convert.atomic import (
+    atomic_directory,
+    check_directory,
+    check_space,
+    start_writeback,
+)
 from dsq.convert.checkpoint import GgufCheckpoint
 from dsq.convert.gguf.writer import write_all
-from dsq.convert.names import hf_name, permuted_heads
-from dsq.convert.pipeline import Artifact, default_threads
+from dsq.convert.names import ROPE_FREQS, hf_name, permuted_heads
+from dsq.convert.pipeline import Artifact, source_files
 from dsq.convert.spec import ARCHITECTURE, ModelSpec
-from dsq.convert.tensor_plan import ROPE_FREQS, TensorStep, half_split_rows
+from dsq.convert.tensor_plan import TensorStep, half_split_rows
 from dsq.errors import InputError
 from dsq.quant.plan import tensor_order
 from dsq.quant.scheme import BY_NAME, F32, FLOAT_TYPES, GgmlType
 from dsq.quant.stream import Dither, Job, quantize_stream
+from dsq.quant.threads import default_threads
 from dsq.tokenizer_port.to_hf import hf_files
 from dsq.tokenizer_port.vocabulary import Vocabulary
 
 SHARD_BYTES = 5 << 30  # as transformers cuts
+_FILES = {
+    "config.json",
+    "generation_config.json",
+    "model.safetensors.index.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+}
 _DTYPES = {"f32": "F32", "f16": "F16", "bf16": "BF16"}
 _TORCH_DTYPES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
+
+
+def is_model_file(name: str) -> bool:
+    """What `write_hf` writes: all that `--force` may replace."""
+    return name in _FILES or re.fullmatch(r"model(-\d{5}-of-\d{5})?\.safetensors", name) is not None
 
 
 def plan_to_hf(checkpoint: GgufCheckpoint, outtype: str = "auto") -> tuple[TensorStep, ...]:
@@ -62,20 +82,25 @@ def write_hf(
     threads: int | None = None,
     allow_nonfinite: bool = False,
     dither: Dither | None = None,
+    pre: str | None = None,
     progress: Callable[[int], None] = lambda n: None,
 ) -> Artifact:
     """Write the directory; it appears under its name only when complete."""
     start = time.perf_counter()
     n_bytes = sum(s.n_bytes for s in steps)
-    check_target(out, force=force, n_bytes=n_bytes)
-    vocab = checkpoint.vocabulary()
+    out = out.resolve()
+    if any(out in file.resolve().parents for file in source_files(checkpoint)):
+        raise InputError(f"{out} holds the source itself; give another -o")
+    check_directory(out, force=force, ours=is_model_file)
+    check_space(out, n_bytes)
+    vocab = checkpoint.vocabulary(pre=pre)
     shards = _shards(steps)
     slabs = quantize_stream(
         _jobs(checkpoint, steps, dither),
         threads=threads or default_threads(),
         allow_nonfinite=allow_nonfinite,
     )
-    with atomic_directory(out, force=force) as folder:
+    with atomic_directory(out, force=force, ours=is_model_file) as folder:
         stream = iter(slabs)
         for name, members in shards.items():
             with (folder / name).open("wb", buffering=0) as file:
@@ -131,19 +156,12 @@ def config_json(spec: ModelSpec, vocab: Vocabulary, to: GgmlType) -> dict[str, A
         "num_attention_heads": spec.n_head,
         "num_hidden_layers": spec.n_layer,
         "num_key_value_heads": spec.n_head_kv,
-        "rms_norm_eps": _short_float(spec.rms_eps),
+        "rms_norm_eps": spec.rms_eps,
         **spec.rope.to_config(),
         "tie_word_embeddings": spec.tied,
         "torch_dtype": _TORCH_DTYPES[to.name],
         "vocab_size": spec.n_vocab,
     }
-
-
-def _short_float(value: float) -> float:
-    """1e-05 rather than 9.999999747378752e-06: GGUF keeps it as float32."""
-    import numpy as np
-
-    return float(str(np.float32(value)))
 
 
 def generation_config_json(vocab: Vocabulary) -> dict[str, Any]:

@@ -24,6 +24,7 @@ def dsq(*args, cwd=None):
 
 def fails(capsys, *args):
     """Exit 2, one line on standard error, nothing on standard output; returns the line."""
+    capsys.readouterr()
     assert main(list(map(str, args))) == 2
     out, err = capsys.readouterr()
     assert out == ""

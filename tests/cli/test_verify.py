@@ -106,4 +106,4 @@ def test_a_receipt_that_cannot_be_written(
     nowhere = artifact.with_name("missing") / "r.json"
     args = ["verify", str(artifact), "--source", str(pair[1]), "--no-logits"]
     assert main([*args, "--receipt", str(nowhere)]) == 2
-    assert "the folder does not exist" in capsys.readouterr().err
+    assert "give --receipt PATH" in capsys.readouterr().err

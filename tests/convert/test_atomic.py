@@ -49,23 +49,49 @@ def test_operating_system_errors_name_the_target_and_the_remedy(tmp_path, code, 
     assert names(tmp_path) == []
 
 
+def ours(name):
+    return name in ("old", "new", "half")
+
+
 def test_a_directory_replaces_the_old_one_whole(tmp_path):
     out = tmp_path / "hf"
     out.mkdir()
     (out / "old").write_text("")
-    with pytest.raises(InputError, match="exists"), atomic_directory(out, force=False):
+    with pytest.raises(InputError, match="--force"), atomic_directory(out, force=False, ours=ours):
         pass
-    with atomic_directory(out, force=True) as folder:
+    with atomic_directory(out, force=True, ours=ours) as folder:
         (folder / "new").write_text("")
     assert names(out) == ["new"]
     assert names(tmp_path) == ["hf"]
+
+
+def test_nothing_of_the_users_is_deleted_even_by_force(tmp_path):
+    out = tmp_path / "project"
+    out.mkdir()
+    (out / "thesis.tex").write_text("years of work")
+    with (
+        pytest.raises(InputError, match=r"thesis\.tex"),
+        atomic_directory(out, force=True, ours=ours),
+    ):
+        pass
+    assert (out / "thesis.tex").read_text() == "years of work"
+
+
+def test_a_link_to_a_directory_stays_a_link(tmp_path):
+    real, link = tmp_path / "real", tmp_path / "link"
+    real.mkdir()
+    link.symlink_to(real)
+    with atomic_directory(link, force=True, ours=ours) as folder:
+        (folder / "new").write_text("")
+    assert link.is_symlink()
+    assert names(real) == ["new"]
 
 
 def test_a_failed_directory_keeps_the_old_one(tmp_path):
     out = tmp_path / "hf"
     out.mkdir()
     (out / "old").write_text("")
-    with pytest.raises(RuntimeError), atomic_directory(out, force=True) as folder:
+    with pytest.raises(RuntimeError), atomic_directory(out, force=True, ours=ours) as folder:
         (folder / "half").write_text("")
         raise RuntimeError
     assert names(out) == ["old"]
@@ -78,6 +104,8 @@ def test_targets_are_checked_before_any_work(tmp_path):
         check_target(tmp_path / "none" / "x.gguf", force=False)
     with pytest.raises(InputError, match=r"GiB free, but x\.gguf needs"):
         check_target(out, force=False, n_bytes=1 << 60)
+    with pytest.raises(InputError, match="is a directory"):
+        check_target(tmp_path, force=True)
     out.write_text("")
     with pytest.raises(InputError, match="--force"):
         check_target(out, force=False)

@@ -173,3 +173,20 @@ def test_an_imatrix_of_another_model_is_refused(f32, tmp_path):
     values["blk.0.ffn_up.weight"] = np.ones(100, np.float32)
     with pytest.raises(InputError, match=r"100 values for blk\.0\.ffn_up\.weight"):
         make(f32, tmp_path / "ours.gguf", "q4_0", imatrix=Imatrix(f32, values))
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"hidden_size": 576, "num_attention_heads": 9, "num_key_value_heads": 3},
+        {"intermediate_size": 5504},
+    ],
+    ids=["hidden 576 as SmolLM2", "ffn 5504 as DeepSeek Coder 1.3b"],
+)
+def test_rows_of_real_models(tmp_path, shape):
+    source = write_hf(tmp_path / "hf", small_config(num_hidden_layers=1, **shape))
+    f32 = make(source, tmp_path / "f32.gguf", "f32")
+    for preset in ("q4_0", "q4_k_m", "q3_k_m", "q2_k"):
+        theirs = tmp_path / "theirs.gguf"
+        assert llama_quantize(f32, theirs, PRESETS[preset].ftype) is None
+        assert_same_tensors(make(source, tmp_path / "ours.gguf", preset), theirs)

@@ -57,6 +57,30 @@ def test_nonfinite_weights_are_counted_and_refused(bad, to):
         collect([job("blk.0", values, to)])
 
 
+@pytest.mark.parametrize("to", ["iq2_xs", "iq3_xxs", "iq3_s", "iq4_xs", "q2_k", "tq2_0"])
+def test_nonfinite_weights_do_not_abort_ggml(to):
+    values = rows(2, 256)
+    values[0, 0], values[1, 3] = np.nan, np.inf
+    imatrix = np.ones(256, np.float32)
+    with pytest.raises(InputError, match="2 weights are NaN or Inf"):
+        collect([job("w", values, to, imatrix=imatrix)])
+
+
+@pytest.mark.parametrize(("to", "large"), [("f16", 1e5), ("q4_0", 1e6), ("q8_0", 1e7)])
+def test_weights_that_would_be_stored_as_inf_are_refused(to, large):
+    values = rows(2, 32)
+    values[1, 3] = -large
+    with pytest.raises(InputError, match=rf"w: 1 weights are too large for {to}"):
+        collect([job("w", values, to)])
+
+
+@pytest.mark.parametrize("to", ["bf16", "f32", "q8_0"])
+def test_large_weights_pass_where_they_fit(to):
+    values = rows(2, 32)
+    values[1, 3] = 1e5
+    collect([job("w", values, to)])
+
+
 def test_nonfinite_weights_pass_when_allowed():
     values = rows(2, 32)
     values[0, 0] = np.nan

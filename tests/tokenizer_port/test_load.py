@@ -11,6 +11,7 @@ import pytest
 
 from dsq.errors import InputError, UnsupportedError
 from dsq.tokenizer_port.load import load_hf, vocabulary_from_gguf
+from dsq.tokenizer_port.tokenizer import Tokenizer
 from dsq.tokenizer_port.vocabulary import TokenType, Vocabulary
 
 from .conftest import BOS, EOS, EOT, LETTERS, TEMPLATE, Maker, added_entry, metadata, n_tokens
@@ -127,8 +128,6 @@ def test_added_token_that_is_in_the_base_vocabulary(
 def test_token_of_a_fine_tune_in_added_tokens_json_only(
     make_dir: Maker, deepseek_json: dict[str, Any]
 ) -> None:
-    from dsq.tokenizer_port.tokenizer import Tokenizer
-
     n = n_tokens(deepseek_json)
     directory = make_dir()
     (directory / "added_tokens.json").write_text(json.dumps({"<think>": n + 3}))
@@ -164,6 +163,8 @@ def broken(change: str, tokenizer: dict[str, Any]) -> dict[str, Any]:
         made["model"]["type"] = "Unigram"
     elif change == "byte fallback":
         made["model"]["byte_fallback"] = True
+    elif change == "word parts":
+        made["model"]["continuing_subword_prefix"] = "##"
     elif change == "metaspace":
         made["pre_tokenizer"] = {"type": "Metaspace", "replacement": "▁"}
     elif change == "negative id":
@@ -181,6 +182,7 @@ def broken(change: str, tokenizer: dict[str, Any]) -> dict[str, Any]:
         ("unigram", UnsupportedError, "'Unigram'; only byte-level BPE"),
         ("byte fallback", UnsupportedError, "SentencePiece-style"),
         ("metaspace", UnsupportedError, "SentencePiece-style"),
+        ("word parts", UnsupportedError, "model.continuing_subword_prefix is '##'"),
         ("negative id", InputError, "has the id -1"),
     ],
 )
@@ -223,6 +225,115 @@ def test_missing_and_unreadable_files(tmp_path: Path) -> None:
         (tmp_path / "tokenizer.json").write_text(text)
         with pytest.raises(InputError, match=r"tokenizer\.json"):
             load_hf(tmp_path, 10)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("model", 7, "model is 7; an object is needed"),
+        ("model", {"vocab": {}}, "model.vocab has no token"),
+        ("model", {"vocab": []}, r"model.vocab is \[\]; an object is needed"),
+        ("model", {"vocab": {"a": True}}, "token 'a' has the id True"),
+        ("model", {"vocab": {"a": 0}, "merges": 3}, "model.merges is 3; a list is needed"),
+        ("model", {"vocab": {"a": 0}, "merges": [["a"]]}, r"merge 0 is \['a'\], not two"),
+        ("model", {"vocab": {"a": 0}, "unk_token": [1]}, r"unk_token is \[1\]; a string"),
+        ("added_tokens", 5, "added_tokens is 5; a list is needed"),
+        ("added_tokens", [5], r"added_tokens\[0\] is 5; an object is needed"),
+        ("added_tokens", [{"id": "1"}], r"added_tokens\[0\].id is '1'; a whole number"),
+        ("added_tokens", [{"id": 1}], r"added_tokens\[0\].content is missing; a string"),
+        ("normalizer", {"type": "Sequence", "normalizers": 5}, "normalizer.normalizers is 5;"),
+        ("normalizer", "NFC", "normalizer is 'NFC'; an object is needed"),
+        ("post_processor", 5, "post_processor is 5; an object is needed"),
+        (
+            "post_processor",
+            {"type": "Sequence", "processors": [None]},
+            "post_processor.processors: a step is missing; an object is needed",
+        ),
+        (
+            "post_processor",
+            {"type": "TemplateProcessing", "single": [3]},
+            "a piece of TemplateProcessing.single is 3; an object",
+        ),
+    ],
+)
+def test_wrong_types_in_tokenizer_json(
+    make_dir: Maker, deepseek_json: dict[str, Any], key: str, value: Any, message: str
+) -> None:
+    directory = make_dir({**deepseek_json, key: value}, {"bos_token": None, "add_bos_token": False})
+    with pytest.raises(InputError, match=rf"tokenizer\.json: .*{message}") as caught:
+        load_hf(directory, 2000)
+    assert not isinstance(caught.value, UnsupportedError)
+
+
+@pytest.mark.parametrize("pretokenizers", [{}, {"a": 1}, 5, None, [7]])
+def test_a_sequence_that_is_none(
+    make_dir: Maker, deepseek_json: dict[str, Any], pretokenizers: Any
+) -> None:
+    chain = {"type": "Sequence", "pretokenizers": pretokenizers}
+    made = {**deepseek_json, "pre_tokenizer": chain, "normalizer": {"type": "ByteLevel"}}
+    with pytest.raises(InputError, match=r"pre_tokenizer\.pretokenizers.* (list|object) is needed"):
+        load_hf(make_dir(made), 2000)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"added_tokens_decoder": [1]}, r"added_tokens_decoder is \[1\]; an object is needed"),
+        ({"added_tokens_decoder": {"1": 5}}, "added_tokens_decoder.1 is 5; a row number and"),
+        ({"added_tokens_decoder": {"²": "x"}}, "added_tokens_decoder.² is 'x'; a row number and"),
+        (
+            {"added_tokens_decoder": {"1": {"content": "x", "special": "no"}}},
+            "added_tokens_decoder.1.special is 'no'; true or false",
+        ),
+        ({"chat_template": 5}, "chat_template is 5; a string is needed: give one"),
+        ({"chat_template": {"a": "b"}}, r"chat_template is \{'a': 'b'\}; a string"),
+        ({"chat_template": ["x"]}, r"chat_template\[0\] is 'x'; an object"),
+        ({"chat_template": [{"template": "x"}]}, r"chat_template\[0\].name is missing"),
+        ({"chat_template": [{"name": "x", "template": 1}]}, r"chat_template\[0\].template is 1"),
+        ({"add_bos_token": "yes"}, "add_bos_token is 'yes'; true or false is needed"),
+        ({"add_prefix_space": 0}, "add_prefix_space is 0; true or false is needed"),
+        ({"tokenizer_class": ["x"]}, r"tokenizer_class is \['x'\]; a string is needed"),
+        ({"bos_token": 5}, "bos_token is 5, which is no token"),
+        ({"eos_token": {"content": None}}, "eos_token is {'content': None}, which is no token"),
+    ],
+)
+def test_wrong_types_in_tokenizer_config(
+    make_dir: Maker, settings: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(InputError, match=f"tokenizer_config.json: {message}"):
+        load_hf(make_dir(settings=settings), 2000)
+
+
+@pytest.mark.parametrize("config", [{"bos_token_id": "5"}, {"bos_token_id": [None]}])
+def test_a_token_id_that_is_no_number(make_dir: Maker, config: dict[str, Any]) -> None:
+    directory = make_dir(settings={"bos_token": None})
+    with pytest.raises(InputError, match="config.json: bos_token_id is"):
+        load_hf(directory, 2000, config=config)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("tokenizer.json", '{"model": 1, "model": {}}', "the key 'model' is given twice"),
+        ("tokenizer_config.json", '{"a": 1, "a": 2}', "the key 'a' is given twice"),
+        ("tokenizer_config.json", '{"chat_template": "\\ud83d"}', "half a character"),
+        ("tokenizer_config.json", '{"a": NaN}', "NaN is no JSON"),
+        ("tokenizer_config.json", '{"a":' + 150 * "[" + 150 * "]" + "}", "more than 100 deep"),
+        ("special_tokens_map.json", "[]", "holds a JSON list"),
+        ("added_tokens.json", '{"x": true}', "the id of 'x' is True; a whole number"),
+    ],
+)
+def test_json_is_read_strictly(make_dir: Maker, name: str, text: str, message: str) -> None:
+    directory = make_dir()
+    (directory / name).write_text(text)
+    with pytest.raises(InputError, match=f"{name}: .*{message}"):
+        load_hf(directory, 2000)
+
+
+def test_pairs_of_surrogates_are_a_character(make_dir: Maker) -> None:
+    directory = make_dir(settings={"chat_template": "🙂 \\ud800"})
+    assert r"\ud83d\ude42 \\ud800" in (directory / "tokenizer_config.json").read_text()
+    assert load_hf(directory, 2000).chat_template == "🙂 \\ud800"
 
 
 # From a GGUF
@@ -282,6 +393,21 @@ def test_gguf_without_pre_says_what_to_do(vocab: Vocabulary) -> None:
         ("token_type", [1, 1], "token_type: has 2 entries"),
         ("bos_token_id", 10**6, "bos_token_id: is 1000000"),
         ("eot_token_id", -1, "eot_token_id: is -1"),
+        ("model", 7, "model is 7; a string is needed"),
+        ("model", np.zeros(3), "model is array"),
+        ("pre", 7, "pre is 7; a string is needed"),
+        ("tokens", [1, 2], "tokens: entry 0 is 1, a string is needed"),
+        ("tokens", "abc", "tokens: is 'abc', a list is needed"),
+        ("merges", ["a b", None], "merges: entry 1 is None, a string is needed"),
+        ("token_type", ["x"], "token_type: entry 0 is 'x', a whole number"),
+        ("token_type", np.array([1.5]), "token_type: entry 0 is 1.5, a whole number"),
+        ("bos_token_id", "1", "bos_token_id: is '1', a whole number"),
+        ("bos_token_id", [1], r"bos_token_id: is \[1\], a whole number"),
+        ("bos_token_id", True, "bos_token_id: is True, a whole number"),
+        ("bos_token_id", np.arange(3), "bos_token_id: is array"),
+        ("add_bos_token", 1, "add_bos_token is 1; true or false is needed"),
+        ("add_eos_token", "no", "add_eos_token is 'no'; true or false is needed"),
+        ("add_space_prefix", [], r"add_space_prefix is \[\]; true or false is needed"),
     ],
 )
 def test_gguf_errors(vocab: Vocabulary, key: str, value: Any, message: str) -> None:
@@ -291,6 +417,44 @@ def test_gguf_errors(vocab: Vocabulary, key: str, value: Any, message: str) -> N
         del entries[f"tokenizer.ggml.{key}"]
     with pytest.raises(InputError, match=message):
         vocabulary_from_gguf(entries)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("chat_template", 5, "chat_template is 5; a string"),
+        ("chat_template.rag", ["x"], r"chat_template.rag is \['x'\]; a string"),
+        ("huggingface.json", {}, r"huggingface.json is \{\}; a string"),
+    ],
+)
+def test_gguf_texts_of_another_type(vocab: Vocabulary, key: str, value: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        vocabulary_from_gguf({**metadata(vocab), f"tokenizer.{key}": value})
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "not valid JSON"),
+        ("[]", "holds a JSON list; expected an object"),
+        ("{}", "model is missing; an object is needed"),
+        ('{"model": 7}', "model is 7; an object is needed"),
+        ('{"model": {"vocab": []}}', r"model.vocab is \[\]; an object is needed"),
+        ('{"model": {"vocab": {"a": "b"}}}', "token 'a' has the id 'b', no row number"),
+        ('{"model": {"vocab": {"a": 0}}, "model": 1}', "the key 'model' is given twice"),
+        ('{"model": {"vocab": {"a": 0}}, "normalizer": 5}', "normalizer is 5; an object"),
+    ],
+)
+@pytest.mark.parametrize("pre", ["named", "to be found"])
+def test_gguf_with_a_bad_tokenizer_json(
+    vocab: Vocabulary, text: str, message: str, pre: str
+) -> None:
+    entries = {**metadata(vocab), "tokenizer.huggingface.json": text}
+    if pre == "to be found":
+        del entries["tokenizer.ggml.pre"]
+    with pytest.raises(InputError, match=f"tokenizer.huggingface.json: {message}") as caught:
+        Tokenizer.from_vocabulary(vocabulary_from_gguf(entries))
+    assert not isinstance(caught.value, UnsupportedError)
 
 
 @pytest.mark.parametrize(

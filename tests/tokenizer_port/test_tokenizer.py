@@ -174,6 +174,25 @@ def test_a_tokenizer_json_of_another_model_is_refused(vocab: Vocabulary) -> None
             Tokenizer.from_vocabulary(dataclasses.replace(vocab, tokenizer_json=text))
 
 
+def test_a_panic_of_the_library_is_an_error(
+    vocab: Vocabulary, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    panic = type("PanicException", (BaseException,), {})  # as pyo3 makes it
+
+    def raises(error: type[BaseException]) -> Any:
+        def from_str(text: str) -> None:
+            raise error("range end index\nout of range")
+
+        return type("Library", (), {"from_str": from_str})
+
+    monkeypatch.setattr(tokenizers, "Tokenizer", raises(panic))
+    with pytest.raises(InputError, match="cannot build it: range end index out of range"):
+        Tokenizer.from_vocabulary(vocab)
+    monkeypatch.setattr(tokenizers, "Tokenizer", raises(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        Tokenizer.from_vocabulary(vocab)
+
+
 def test_imports_are_light() -> None:
     code = (
         "import sys, dsq.tokenizer_port.tokenizer, dsq.tokenizer_port.load, "

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from dsq.runtime import threads
+from dsq.quant import threads
 
 
 def test_one_thread_a_physical_core(monkeypatch: pytest.MonkeyPatch) -> None:
