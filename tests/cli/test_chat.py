@@ -78,6 +78,8 @@ def test_ctrl_c_stops_the_answer_and_returns_to_the_prompt(model):
         stdout=slave,
         stderr=slave,
         start_new_session=True,
+        # Whoever runs the tests in the background made SIGINT ignored, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     os.close(slave)
     try:
