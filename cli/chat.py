@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from contextlib import suppress
 from typing import TYPE_CHECKING
@@ -38,6 +39,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.prompt is not None and not args.prompt.strip():
+        raise InputError("-p is empty; write a message")
+    if sys.stdin is None and args.prompt is None:
+        raise InputError("standard input is closed; give the message with -p")
     if args.json and args.prompt is None:
         raise InputError("--json goes with -p: a conversation is not one object")
     sampler = common.sampler(args)
@@ -55,6 +60,8 @@ def run(args: argparse.Namespace) -> int:
         )
         if args.prompt is not None:
             return _once(session, args.prompt, as_json=args.json)
+        if sys.stdin.isatty():
+            print(f"{model.name}, context {n_ctx:,}. /reset forgets, Ctrl-C stops, Ctrl-D leaves.")
         return _converse(session)
     finally:
         engine.close()
@@ -101,6 +108,11 @@ def _converse(session: ChatSession) -> int:
             return 0
         if line.strip() == "/reset":
             session.reset()
+            if interactive:
+                print("(forgotten)")
+            continue
+        if re.fullmatch(r"/[a-z]+", line.strip()):
+            print("commands: /reset, /exit", file=sys.stderr)
             continue
         if not line.strip():
             continue

@@ -35,7 +35,9 @@ def add_json(parser: argparse.ArgumentParser) -> None:
 
 
 def add_threads(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("-t", "--threads", type=positive, help="CPU threads (default: all cores)")
+    parser.add_argument(
+        "-t", "--threads", type=thread_count, help="CPU threads (default: all cores)"
+    )
 
 
 def add_gpu(parser: argparse.ArgumentParser) -> None:
@@ -82,18 +84,32 @@ def sampler(args: argparse.Namespace) -> SamplerSettings:
     )
 
 
-def positive(text: str) -> int:
-    """argparse type: an integer above zero."""
-    value = int(text)
-    if value <= 0:
-        raise argparse.ArgumentTypeError(f"{text} is not above zero")
+MOST = 1 << 24  # tokens: beyond any context, and far below what overflows llama.cpp's int32
+MOST_THREADS = 512  # GGML_MAX_N_THREADS
+
+
+def positive(text: str, most: int = MOST) -> int:
+    """argparse type: an integer from 1 to `most`."""
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if not 0 < value <= most:
+        raise argparse.ArgumentTypeError(f"{text} is no number from 1 to {most}")
     return value
+
+
+def thread_count(text: str) -> int:
+    """argparse type: what ggml can start."""
+    return positive(text, MOST_THREADS)
 
 
 def local_model(source: str | None, args: argparse.Namespace) -> Path:
     """The path of SRC: as given, from the hub, or the one model in the current folder."""
     if source is None:
         return only_model(Path())
+    if not source:
+        raise InputError("the model's name is empty; give a .gguf, a directory or a hub id")
     if Path(source).exists():
         return Path(source)
     from dsq.convert.hub import resolve

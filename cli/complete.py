@@ -35,12 +35,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _read(path: Path) -> str:
     try:
-        return sys.stdin.read() if str(path) == "-" else path.read_bytes().decode("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot read it as UTF-8 text: {error}") from error
+        if str(path) != "-":
+            return path.read_bytes().decode("utf-8")
+        if sys.stdin is None:
+            raise InputError("standard input is closed; give a file")
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 text (byte {error.start})") from error
+    except OSError as error:
+        raise InputError(f"{path}: cannot read it: {error.strerror}") from error
 
 
 def run(args: argparse.Namespace) -> int:
+    if str(args.prefix_file) == str(args.suffix_file) == "-":
+        raise InputError("--prefix-file - --suffix-file -: standard input can be read only once")
     prefix = args.prompt if args.prompt is not None else _read(args.prefix_file)
     suffix = args.suffix if args.suffix_file is None else _read(args.suffix_file)
     sampler = common.sampler(args)

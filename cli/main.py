@@ -6,7 +6,9 @@ import argparse
 import importlib
 import io
 import os
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Sequence
 from typing import NoReturn
@@ -43,15 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The console script. Returns the exit code: 0, 1 failure, 2 bad input, 130 interrupted."""
     args = list(sys.argv[1:] if argv is None else argv)
     _tame_streams()
-    if not args or args[0] in ("-h", "--help", "help"):
-        verbs = "\n".join(f"  {name:<10} {what}" for name, what in VERBS.items())
-        print(USAGE.format(verbs=verbs))
-        return 0 if args else 2
-    if args[0] in ("-V", "--version"):
-        print(f"dsq {__version__}")
-        return 0
     try:
-        return _run(args[0], args[1:])
+        return _run(args)
     except DsqError as error:
         print(f"dsq: error: {error}", file=sys.stderr)
         return error.exit_code
@@ -61,6 +56,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         # The reader went away (`dsq inspect … | head`); do not complain at exit either.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:
+        print(f"dsq: error: {error}", file=sys.stderr)
         return 1
     except Exception as error:
         if os.environ.get("DSQ_TRACEBACK"):
@@ -76,12 +74,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _tame_streams() -> None:
     """A terminal that cannot print `✓` gets `?`, not a crash; warnings are one line each."""
-    for stream in (sys.stdout, sys.stderr):
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _stop)
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
     warnings.showwarning = lambda message, *_, **__: print(
         f"dsq: warning: {message}", file=sys.stderr
     )
+
+
+def _stop(number: int, frame: object) -> NoReturn:
+    """SIGTERM unwinds, so that temporary files are removed."""
+    raise SystemExit(128 + number)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -91,7 +96,15 @@ class _Parser(argparse.ArgumentParser):
         raise InputError(f"{message} (see {self.prog} --help)")
 
 
-def _run(verb: str, args: list[str]) -> int:
+def _run(args: list[str]) -> int:
+    if not args or args[0] in ("-h", "--help", "help"):
+        verbs = "\n".join(f"  {name:<10} {what}" for name, what in VERBS.items())
+        print(USAGE.format(verbs=verbs), flush=True)
+        return 0 if args else 2
+    verb, *args = args
+    if verb in ("-V", "--version"):
+        print(f"dsq {__version__}")
+        return 0
     if verb not in VERBS:
         print(f"dsq: error: no verb {verb!r}; verbs: {', '.join(VERBS)}", file=sys.stderr)
         return 2

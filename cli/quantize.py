@@ -6,13 +6,16 @@ import argparse
 import re
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dsq.cli import common
 from dsq.cli.progress import progress_bar
 from dsq.errors import InputError
 from dsq.quant.plan import Options
 from dsq.quant.scheme import GgmlType, target_type
+
+if TYPE_CHECKING:
+    from dsq.convert.pipeline import GgufPlan
 
 DESCRIPTION = (
     "Quantize SRC to TYPE. SRC may be a GGUF, a Hugging Face directory or a hub id: from a\n"
@@ -120,6 +123,9 @@ def convert_to_gguf(
         split_max_bytes=args.split_max_size,
         pre=args.pre,
     )
+    for pattern, named_type in options.tensor_types if options else ():
+        if not any(pattern.search(step.name) for step in plan.steps):
+            raise InputError(f"--tensor-type {pattern.pattern}={named_type}: no tensor matches")
     out = args.output or common.output_path(source, preset.name)
     report: dict[str, Any] = {"output": str(out), **plan.to_json()}
     if not args.dry_run:
@@ -139,13 +145,20 @@ def convert_to_gguf(
         report["seconds"] = round(artifact.seconds, 3)
     if args.json:
         common.print_json(report)
-        return 0
-    if args.dry_run:
-        for step in plan.steps:
-            print(f"{step.name:<32} {step.stored!s:>6} → {step.to!s:<8} {step.shape}")
-    types = ", ".join(f"{n} × {t}" for t, n in report["tensors_by_type"].items())
-    print(
-        f"{out}: {preset.name}, {plan.bpw:.2f} bpw, {common.human(report['size_bytes'])} "
-        f"({types}), RoPE {describe(checkpoint.spec.rope)}"
-    )
+    else:
+        _print(plan, report, describe(checkpoint.spec.rope), dry_run=args.dry_run)
     return 0
+
+
+def _print(plan: GgufPlan, report: dict[str, Any], rope: str, *, dry_run: bool) -> None:
+    if dry_run:
+        for step in plan.steps:
+            shape = " × ".join(map(str, step.shape))
+            print(f"{step.name:<32} {step.stored!s:>6} → {step.to!s:<8} {shape}")
+    types = ", ".join(f"{n} × {t}" for t, n in report["tensors_by_type"].items())
+    files = report.get("files", [])
+    where = f"{files[0]} and {len(files) - 1} more" if len(files) > 1 else report["output"]
+    print(
+        f"{'would write ' if dry_run else ''}{where}: {plan.preset.name}, {plan.bpw:.2f} bpw, "
+        f"{common.human(report['size_bytes'])} ({types}), RoPE {rope}"
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Callable
@@ -65,6 +66,18 @@ def check_receipt(path: Path) -> None:
     """Refuse a place where no receipt can be written, before the work is done."""
     if path.is_dir() or not os.access(path.parent, os.W_OK):
         raise InputError(f"{path}: no receipt can be written there; give --receipt PATH")
+    if path.exists() and not _is_receipt(path):
+        raise InputError(
+            f"{path} exists and is no receipt; it is not replaced: give --receipt PATH"
+        )
+
+
+def _is_receipt(path: Path) -> bool:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(content, dict) and {"dsq", "checks", "artifact"} <= set(content)
 
 
 def _progress(args: argparse.Namespace) -> Callable[[str], None]:

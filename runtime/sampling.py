@@ -40,7 +40,7 @@ class SamplerSettings:
             ("min_p", 0.0, 1.0),
         ):
             value = getattr(self, name)
-            if not low <= value <= high:  # also refuses nan
+            if not (low <= value <= high and math.isfinite(value)):  # also refuses nan
                 bounds = "0 or more" if high == math.inf else f"between {low:g} and {high:g}"
                 raise InputError(f"{name} is {value}; it must be {bounds}")
         if not self.repeat_penalty > 0:

@@ -42,7 +42,7 @@ def run(*args: str | Path, show: bool = True) -> str:
 
 
 def show(*args: str | Path) -> None:
-    print(run(*args).replace(f"{ROOT}/", ""), flush=True)
+    print(run(*args).rstrip().replace(f"{ROOT}/", "") + "\n", flush=True)
 
 
 def main() -> None:
@@ -93,13 +93,14 @@ def main() -> None:
     prefix, suffix = HOLE
     hole = run("complete", tiny, "-p", prefix, "--suffix", suffix, "-n", "12", "--json", show=False)
     print(f"$ dsq complete {tiny.relative_to(ROOT)} -p … --suffix …")
-    print(f"{prefix}\033[7m{json.loads(hole)['text']}\033[0m{suffix}")
+    start_hole, end_hole = ("\033[7m", "\033[0m") if sys.stdout.isatty() else ("[", "]")
+    print(f"{prefix}{start_hole}{json.loads(hole)['text']}{end_hole}{suffix}")
     show("chat", files["q8_0"], "-p", "What is a unit test?", "-n", "60", "--temp", "0")
 
     title(f"Done in {time.perf_counter() - start:.0f} seconds. The files:")
     for path in sorted(OUT.iterdir()):
         size = sum(f.stat().st_size for f in ([path] if path.is_file() else path.iterdir()))
-        print(f"  {path.relative_to(ROOT)!s:<32} {size / 2**20:8.1f} MiB")
+        print(f"  {path.relative_to(ROOT)!s:<40} {size / 2**20:8.1f} MiB")
     print("Activate the environment to use dsq on your own model: source .venv/bin/activate")
 
 

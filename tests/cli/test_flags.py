@@ -253,3 +253,64 @@ def test_a_write_that_fails_half_way_leaves_nothing(tmp_path):
     assert "m.gguf: the file system cannot hold" in done.stderr
     assert done.stderr.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_receipt_replaces_nothing_but_a_receipt(tmp_path, capsys):
+    out = tmp_path / "m.gguf"
+    main(["quantize", "q8_0", str(TINY_CODER), "-o", str(out)])
+    before = out.read_bytes()
+    args = ("verify", out, "--source", TINY_CODER, "--no-logits")
+    assert "is no receipt" in fails(capsys, *args, "--receipt", out)
+    assert out.read_bytes() == before
+    again = [*map(str, args), "--receipt", str(tmp_path / "r.json")]
+    assert main(again) == main(again) == 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "word"),
+    [
+        (("-t", "100000"), "512"),
+        (("-c", "99999999999"), "16777216"),
+        (("-n", "99999999999999"), "16777216"),
+        (("--temp", "inf"), "temp"),
+        (("--prefix-file", "-", "--suffix-file", "-"), "only once"),
+    ],
+)
+def test_absurd_numbers_are_refused(flags, word, capsys):
+    prompt = () if "--prefix-file" in flags else ("-p", "x")
+    assert word in fails(capsys, "complete", TINY_CODER, *prompt, *flags)
+
+
+def test_a_pattern_that_matches_no_tensor_is_a_typo(tmp_path, capsys):
+    args = ("quantize", "q4_0", TINY_CODER, "-o", tmp_path / "m.gguf")
+    assert "no tensor matches" in fails(capsys, *args, "--tensor-type", "nosuch=q8_0")
+
+
+def test_sigterm_leaves_no_temporary_file(tmp_path):
+    code = (
+        "import os, signal, sys\n"
+        "from dsq.convert import pipeline\n"
+        "from dsq.cli.main import main\n"
+        "write = pipeline.write_gguf\n"
+        "def stopped(path, layout, slabs, progress):\n"
+        "    told = lambda n: os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    return write(path, layout, slabs, told)\n"
+        "pipeline.write_gguf = stopped\n"
+        f"sys.exit(main(['convert', {str(TINY_CODER)!r}, '-o', {str(tmp_path / 'm.gguf')!r}]))\n"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 128 + signal.SIGTERM
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_standard_output_is_no_bug_of_dsq():
+    for args in (["--help"], ["inspect", str(TINY_CODER)]):
+        with open("/dev/full", "w") as full:
+            done = subprocess.run(
+                [sys.executable, "-m", "dsq.cli.main", *args],
+                stdout=full,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        assert done.returncode == 1
+        assert "Traceback" not in done.stderr
+        assert "bug in dsq" not in done.stderr
