@@ -49,7 +49,7 @@ def main(source: str, kind: str, out: str) -> None:
     times = ThreadTimes()
     times.wrap(ggml, "quantize_into", "quantize")
     times.wrap(ggml, "dequantize_into", "to_float")
-    times.wrap(stream, "_count_nonfinite", "finite")
+    times.wrap(stream, "_largest", "finite")
     start, cpu = time.perf_counter(), time.process_time()
     checkpoint = open_checkpoint(source)
     run_gguf_plan(checkpoint, plan_gguf(checkpoint, preset(kind)), Path(out), force=True)

@@ -222,7 +222,8 @@ def _convert(job: Job, start: int, stop: int, out: npt.NDArray[np.uint8], local:
     if job.is_copy:
         if job.order is not None:
             out[:] = raw
-        return Faults(_count_nonfinite(ggml.dequantize(raw, job.stored, job.n_per_row)), 0)
+        values = ggml.dequantize(raw, job.stored, job.n_per_row)
+        return Faults(0 if np.isfinite(_largest(values)) else _count_nonfinite(values))
     size = (stop - start) * job.n_per_row
     scratch = getattr(local, "scratch", None)
     if scratch is None or scratch.size < size:
@@ -231,28 +232,30 @@ def _convert(job: Job, start: int, stop: int, out: npt.NDArray[np.uint8], local:
     ggml.dequantize_into(np.ascontiguousarray(raw).reshape(-1), job.stored, values)
     if job.noise is not None:
         job.noise.add(values, raw, job.stored, _key(job.name, start))
-    bad = _count_nonfinite(values)
+    largest = _largest(values)
+    bad = 0 if np.isfinite(largest) else _count_nonfinite(values)
     if bad and job.to.is_quantized:
         # ggml's search over a grid aborts the process on NaN.
         np.nan_to_num(values, copy=False, posinf=0.0, neginf=0.0)
     ggml.quantize_into(values, job.to, out, job.imatrix)
-    return Faults(bad, 0 if bad else _count_overflows(job, values, out))
+    if bad or largest <= F16_MAX or job.to in (F32, BF16):
+        return Faults(bad)
+    return Faults(0, _count_overflows(job, values, out))
+
+
+def _largest(values: npt.NDArray[np.float32]) -> float:
+    """The largest magnitude; NaN if there is one. Cheaper than a mask of what is finite."""
+    return float(np.maximum(values.max(), -values.min()))
+
+
+def _count_nonfinite(values: npt.NDArray[np.float32]) -> int:
+    return int(np.count_nonzero(~np.isfinite(values)))
 
 
 def _count_overflows(job: Job, values: npt.NDArray[np.float32], out: npt.NDArray[np.uint8]) -> int:
     """Weights so large that what was stored is Inf: f16 values, or block scales in f16."""
-    if job.to in (F32, BF16) or max(float(values.max()), -float(values.min())) <= F16_MAX:
-        return 0
     stored = ggml.dequantize(out, job.to, job.n_per_row)
     return 0 if np.isfinite(stored).all() else int(np.count_nonzero(np.abs(values) > F16_MAX))
-
-
-def _count_nonfinite(values: npt.NDArray[np.float32]) -> int:
-    # One sum is much cheaper than a mask, and is finite whenever all weights are, short of
-    # overflow; only a sum that is not finite is looked at closely.
-    with np.errstate(over="ignore", invalid="ignore"):
-        total = values.sum()
-    return 0 if np.isfinite(total) else int(np.count_nonzero(~np.isfinite(values)))
 
 
 def _key(name: str, row: int) -> int:
