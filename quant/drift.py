@@ -70,6 +70,17 @@ class Drift:
     rms_dp: float | None = None
 
 
+@dataclass(frozen=True)
+class TokenScores:
+    """The scored tokens one by one, in order; each array (n,). The last three need a reference."""
+
+    nll: Doubles
+    top: npt.NDArray[np.int64]  # the likeliest token
+    ref_nll: Doubles | None = None
+    ref_top: npt.NDArray[np.int64] | None = None
+    kld: Doubles | None = None
+
+
 class Accumulator:
     """Adds up predictions, some rows at a time; the pool's threads, if given, share the work."""
 
@@ -78,7 +89,8 @@ class Accumulator:
         self._nll: list[Doubles] = []
         self._ref_nll: list[Doubles] = []
         self._kld: list[Doubles] = []
-        self._same: list[npt.NDArray[np.bool_]] = []
+        self._top: list[npt.NDArray[np.int64]] = []
+        self._ref_top: list[npt.NDArray[np.int64]] = []
 
     def add(
         self,
@@ -117,11 +129,12 @@ class Accumulator:
             bad = int(np.flatnonzero(~np.isfinite(nll))[0])
             raise DsqError(f"the model's logits are not finite (row {bad} of a block of {n})")
         self._nll.append(nll)
+        self._top.append(top)
         if ref is not None:
             self._ref_nll.append(ref_nll)
             # Negative only by rounding, about 1e-7: the true divergence never is.
             self._kld.append(np.maximum(kld, 0))
-            self._same.append(top == ref_top)
+            self._ref_top.append(ref_top)
 
     def result(self) -> Drift:
         """The statistics so far; raises ValueError when nothing was added."""
@@ -134,7 +147,7 @@ class Accumulator:
             return Drift(len(nll), ppl, ppl * stderr)
         ref_nll, kld = np.concatenate(self._ref_nll), np.sort(np.concatenate(self._kld))
         kld_mean, kld_stderr = mean_and_stderr(kld)
-        same = float(np.concatenate(self._same).mean())
+        same = float((np.concatenate(self._top) == np.concatenate(self._ref_top)).mean())
         dp = np.exp(-nll) - np.exp(-ref_nll)
         return Drift(
             tokens=len(nll),
@@ -151,6 +164,16 @@ class Accumulator:
             top1_stderr=math.sqrt(same * (1 - same) / max(len(nll) - 1, 1)),
             rms_dp=math.sqrt(float(np.mean(dp * dp))),
         )
+
+    def tokens(self) -> TokenScores:
+        """What `result` sums up; raises ValueError when nothing was added."""
+        if not self._nll:
+            raise ValueError("no tokens were scored")
+        nll, top = np.concatenate(self._nll), np.concatenate(self._top)
+        if not self._kld:
+            return TokenScores(nll, top)
+        ref_nll, kld = np.concatenate(self._ref_nll), np.concatenate(self._kld)
+        return TokenScores(nll, top, ref_nll, np.concatenate(self._ref_top), kld)
 
     @property
     def ppl(self) -> float:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from dsq.errors import InputError
-from dsq.quant.drift import Accumulator, Drift, PackedRows, pack
+from dsq.quant.drift import Accumulator, Drift, PackedRows, TokenScores, pack
 from dsq.quant.threads import default_threads
 from dsq.runtime import windows as protocol
 from dsq.runtime.engine import Engine
@@ -48,7 +48,21 @@ class Report:
         return {"model": fields.pop("model"), "ref": fields.pop("ref"), **drift, **fields}
 
 
-def evaluate(
+@dataclass(frozen=True)
+class Measurement:
+    """A report, and the scored tokens that it sums up: `scores` row by row of `windows`."""
+
+    report: Report
+    windows: Windows
+    scores: TokenScores
+
+
+def evaluate(model: str | Path, *, texts: Sequence[str], **options: Any) -> Report:
+    """The report of `measure`, which has the options."""
+    return measure(model, texts=texts, **options).report
+
+
+def measure(
     model: str | Path,
     *,
     texts: Sequence[str],
@@ -61,7 +75,7 @@ def evaluate(
     cache_dir: Path | None = None,
     use_cache: bool = True,
     progress: Progress | None = None,
-) -> Report:
+) -> Measurement:
     """Score `model` (GGUF or Hugging Face directory) as llama-perplexity would.
 
     With `ref` also how far it drifts from that model. The reference's predictions are kept in
@@ -79,13 +93,13 @@ def evaluate(
     with ThreadPoolExecutor(threads) as pool:
         run = _Run(candidate, reference, settings, cut, cache, pool, progress)
         try:
-            drift, seconds = run.measure()
+            total, seconds = run.measure()
         except CorruptEntry:  # it has been removed: the second time it is computed
-            drift, seconds = run.measure()
-    return Report(
+            total, seconds = run.measure()
+    report = Report(
         model=str(model),
         ref=None if ref is None else str(ref),
-        drift=drift,
+        drift=total.result(),
         n_ctx=n_ctx,
         chunks=len(cut),
         text_sha256=hashlib.sha256(text.encode()).hexdigest(),
@@ -99,6 +113,7 @@ def evaluate(
             f"KV cache {kv_type if candidate.is_gguf else 'f32'}"
         ),
     )
+    return Measurement(report, cut, total.tokens())
 
 
 def _windows(
@@ -152,7 +167,7 @@ class _Run:
     pool: ThreadPoolExecutor
     progress: Progress | None
 
-    def measure(self) -> tuple[Drift, float]:
+    def measure(self) -> tuple[Accumulator, float]:
         """The statistics, and the seconds that the candidate took."""
         total, seconds = Accumulator(self.pool), 0.0
         with ExitStack() as stack:
@@ -171,7 +186,7 @@ class _Run:
                     total.add(part, self.cut.targets[start + k], rows[k] if reference else None)
                 seconds += time.perf_counter() - before
                 self._tell("model", start + len(ids), total.ppl)
-        return total.result(), seconds
+        return total, seconds
 
     @contextmanager
     def _reference_rows(self, source: Source) -> Iterator[_Reference]:
