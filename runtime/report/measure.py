@@ -13,6 +13,7 @@ import numpy.typing as npt
 from dsq.convert.checkpoint import open_checkpoint
 from dsq.convert.inspect import memory_at
 from dsq.errors import InputError
+from dsq.quant.drift import mean_and_stderr
 from dsq.runtime.evaluate import Measurement, Progress, measure
 from dsq.runtime.source import Source
 from dsq.tokenizer_port.tokenizer import Tokenizer
@@ -44,6 +45,8 @@ class Entry:
     name: str
     path: str
     measured: dict[str, Any]  # `evaluate.Report.to_json`
+    ppl_ratio: float  # perplexity over the reference's
+    ppl_ratio_stderr: float  # paired: how hard the text is cancels out
     curve: tuple[tuple[float, float], ...]  # KLD of a token, share of tokens above it
     worst: tuple[Worst, ...]
     layer_error: tuple[float, ...] | None  # relative error of each layer's output
@@ -158,10 +161,16 @@ def _entry(
 ) -> Entry:
     spec = open_checkpoint(path).spec
     size = measured.report.size_bytes
+    scores = measured.scores
+    assert scores.ref_nll is not None, "a report has a reference"
+    mean, stderr = mean_and_stderr(scores.nll - scores.ref_nll)
+    ratio = float(np.exp(mean))
     return Entry(
         name=name,
         path=str(path),
         measured=measured.report.to_json(),
+        ppl_ratio=ratio,
+        ppl_ratio_stderr=ratio * stderr,
         curve=_curve(measured.scores.kld),
         worst=_worst(path, measured),
         layer_error=layer_error,

@@ -53,7 +53,7 @@ def html(report: Report) -> str:
 <h2>The worst tokens</h2>
 <p class=soft>Where a model's prediction went furthest from the reference's. Marked: the token that
 the text has there.</p>
-{"".join(_worst(entry) for entry in report.entries)}
+{"".join(_worst(entry, shown=entry is report.entries[-1]) for entry in report.entries)}
 </main></html>
 """
 
@@ -61,7 +61,17 @@ the text has there.</p>
 def _table(report: Report) -> str:
     front = {entry.path for entry in report.front}
     palette = figures.colors(report)
-    head = ("model", "MiB", "bits/weight", "perplexity", "mean KLD", "99 %", "max", "same top")
+    head = (
+        "model",
+        "MiB",
+        "bits/weight",
+        "perplexity",
+        "over ref",
+        "mean KLD",
+        "99 %",
+        "max",
+        "same top",
+    )
     rows = "".join(
         f"<tr{' class=front' if e.path in front else ''}>"
         f'<td><i class=dot style="background:{palette[e.path]}"></i>{escape(e.name)}</td>'
@@ -78,6 +88,7 @@ def _cells(entry: Entry) -> tuple[str, ...]:
         f"{m['size_bytes'] / 2**20:,.1f}",
         f"{m['bpw']:.2f}",
         f"{m['ppl']:.4f} ± {m['ppl_stderr']:.4f}",
+        f"{100 * (entry.ppl_ratio - 1):+.2f} ± {100 * entry.ppl_ratio_stderr:.2f} %",
         f"{m['kld_mean']:.5f} ± {m['kld_stderr']:.5f}",
         f"{m['kld_p99']:.3f}",
         f"{m['kld_max']:.2f}",
@@ -91,9 +102,10 @@ def _layers(report: Report) -> str:
     return _svg(figures.layers(report, "svg"))
 
 
-def _worst(entry: Entry) -> str:
+def _worst(entry: Entry, *, shown: bool) -> str:
     tokens = "".join(_token(worst) for worst in entry.worst)
-    return f"<details><summary>{escape(entry.name)}</summary>{tokens}</details>"
+    state = " open" if shown else ""
+    return f"<details{state}><summary>{escape(entry.name)}</summary>{tokens}</details>"
 
 
 def _token(worst: Worst) -> str:

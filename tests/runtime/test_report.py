@@ -62,6 +62,13 @@ def test_the_figures_are_those_of_eval(files: dict[str, Path], measured: Report)
         assert mine[key] == pytest.approx(alone[key], rel=1e-6), key
 
 
+def test_the_ratio_of_perplexities_is_paired(measured: Report) -> None:
+    for entry in measured.entries:
+        m = entry.measured
+        assert entry.ppl_ratio == pytest.approx(m["ppl"] / m["ref_ppl"], rel=1e-6)
+        assert entry.ppl_ratio_stderr < m["ppl_stderr"] / m["ppl"]
+
+
 def test_largest_first_with_short_names(measured: Report) -> None:
     assert [e.name for e in measured.entries] == ["q8_0", "q4_0", "q2_k"]
 
@@ -92,7 +99,7 @@ def test_layer_errors_grow_as_bits_shrink(measured: Report) -> None:
 
 
 def entry(path: str, bpw: float, kld: float) -> Entry:
-    return Entry(path, path, {"bpw": bpw, "kld_mean": kld}, (), (), None, {})
+    return Entry(path, path, {"bpw": bpw, "kld_mean": kld}, 1.0, 0.0, (), (), None, {})
 
 
 def test_pareto_front() -> None:
