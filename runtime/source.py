@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -40,6 +41,7 @@ class Source:
 
             self.path = open_checkpoint(self.path).path  # the one GGUF in there
         self.is_gguf = not self.path.is_dir()
+        self._warned = False
 
     @cached_property
     def _opened(self) -> Any:
@@ -59,7 +61,25 @@ class Source:
             return vocabulary
         from dsq.tokenizer_port.load import vocabulary_from_gguf
 
-        return vocabulary_from_gguf(self._opened.metadata)
+        self._warn_of_faults()
+        return vocabulary_from_gguf(self._opened.metadata, allow_default=True)
+
+    def _warn_of_faults(self) -> None:
+        """Say once what `dsq doctor` finds in a GGUF that another program made."""
+        metadata = self._opened.metadata
+        if self._warned or "tokenizer.huggingface.json" in metadata:
+            return
+        self._warned = True
+        from dsq.convert.doctor import diagnose
+
+        faults = diagnose(metadata, self._opened.tensors, thorough=False).serious
+        if faults:
+            count = "a fault" if len(faults) == 1 else f"{len(faults)} faults"
+            warnings.warn(
+                f"{self.path}: {count} of its conversion change{'s' * (len(faults) == 1)} what it "
+                f"answers: {faults[0].wrong}; see and mend: dsq doctor {self.path} --fix OUT",
+                stacklevel=2,
+            )
 
     @cached_property
     def _tensors(self) -> list[TensorInfo]:
@@ -114,6 +134,7 @@ class Source:
     def _llama(self, settings: EngineSettings, n_batch: int, n_seq_max: int) -> Engine:
         from dsq.runtime.llamacpp import LlamaCppEngine
 
+        self._warn_of_faults()
         return LlamaCppEngine(
             self.path,
             n_ctx=settings.n_ctx,
