@@ -70,6 +70,10 @@ def _to_hf(args: argparse.Namespace) -> int:
     checkpoint = open_checkpoint(source)
     if not isinstance(checkpoint, GgufCheckpoint):
         raise InputError(f"{source} is a Hugging Face directory already; --to hf takes a .gguf")
+    if args.pre:
+        from dsq.runtime.pre_check import check_pre
+
+        check_pre(checkpoint, args.pre)
     steps = plan_to_hf(checkpoint, args.outtype)
     dither = Dither(args.dither, args.seed) if args.dither else None
     if dither:

@@ -83,12 +83,21 @@ def inspect_checkpoint(
             "factor": spec.rope.factor,
         },
         "n_ctx": spec.n_ctx,
-        "tokenizer": describe_tokenizer(checkpoint.vocabulary()),
+        "tokenizer": describe_tokenizer(_vocabulary(checkpoint)),
         "tensors_by_type": by_type,
         "size_bytes": n_bytes,
         "bpw": round(8 * n_bytes / n_params, 4),
         "memory_at_ctx": memory_at(spec, n_bytes, n_ctx or spec.n_ctx).to_json(),
     }
+
+
+def _vocabulary(checkpoint: HfCheckpoint | GgufCheckpoint) -> Vocabulary:
+    """A GGUF without `tokenizer.ggml.pre` is looked at all the same."""
+    if isinstance(checkpoint, HfCheckpoint):
+        return checkpoint.vocabulary()
+    from dsq.tokenizer_port.load import vocabulary_from_gguf
+
+    return vocabulary_from_gguf(checkpoint.gguf.metadata, allow_default=True)
 
 
 def describe_tokenizer(vocab: Vocabulary) -> dict[str, Any]:

@@ -133,7 +133,8 @@ class LlamaCppEngine:
         from dsq.tokenizer_port.load import vocabulary_from_gguf
         from dsq.tokenizer_port.tokenizer import Tokenizer
 
-        return Tokenizer.from_vocabulary(vocabulary_from_gguf(read_gguf(self.path).metadata))
+        metadata = read_gguf(self.path).metadata
+        return Tokenizer.from_vocabulary(vocabulary_from_gguf(metadata, allow_default=True))
 
     @property
     def n_past(self) -> int:

@@ -67,3 +67,24 @@ def processors(tokenizer: Mapping[str, Any], where: str) -> list[dict[str, Any]]
             for piece in expect(step.get("single"), list, f"{what}: TemplateProcessing.single"):
                 expect(piece, dict, f"{what}: a piece of TemplateProcessing.single")
     return steps
+
+
+def merge_texts(tokenizer: Mapping[str, Any], where: str) -> list[str]:
+    """`model.merges` in both spellings, "a b" and ["a", "b"], as "a b"."""
+    found = []
+    for i, merge in enumerate(tokenizer["model"].get("merges") or []):
+        if isinstance(merge, str) and merge.count(" ") == 1 and merge[0] != " " != merge[-1]:
+            found.append(merge)  # the common case, tens of thousands of times
+            continue
+        pair = merge.split(" ") if isinstance(merge, str) else merge
+        if not (isinstance(pair, list) and len(pair) == 2 and all(_is_word(p) for p in pair)):
+            raise InputError(
+                f"{where}: merge {i} is {brief(merge)}, not two tokens with one space; "
+                "download or convert the model again"
+            )
+        found.append(f"{pair[0]} {pair[1]}")
+    return found
+
+
+def _is_word(value: Any) -> bool:
+    return isinstance(value, str) and value != "" and " " not in value

@@ -8,10 +8,17 @@ from typing import Any
 
 from dsq.errors import InputError, UnsupportedError
 from dsq.tokenizer_port import special
+from dsq.tokenizer_port.chains import ADDS_BOS_UNSAID
 from dsq.tokenizer_port.definition import check_definition
 from dsq.tokenizer_port.json_file import brief, expect, optional, parse_object
-from dsq.tokenizer_port.pretokenize import ADDS_BOS_UNSAID, checked_name, recognise
-from dsq.tokenizer_port.vocabulary import TokenType, Vocabulary, check_unique, pad_token
+from dsq.tokenizer_port.pretokenize import checked_name, recognise
+from dsq.tokenizer_port.vocabulary import (
+    TokenType,
+    Vocabulary,
+    check_merges,
+    check_unique,
+    pad_token,
+)
 
 _PREFIX = "tokenizer.ggml."
 _TEMPLATE = "tokenizer.chat_template"
@@ -26,8 +33,13 @@ _FIM_KEYS = (
 )
 
 
-def vocabulary_from_gguf(metadata: Mapping[str, Any], *, pre: str | None = None) -> Vocabulary:
+def vocabulary_from_gguf(
+    metadata: Mapping[str, Any], *, pre: str | None = None, allow_default: bool = False
+) -> Vocabulary:
     """The vocabulary in a GGUF's `tokenizer.*` keys; `pre` overrides `tokenizer.ggml.pre`.
+
+    `allow_default` takes a file that names no pre-tokenizer as llama.cpp takes it, whose rule
+    "default" then is: good for running such a file, never for making another one of it.
 
     `metadata` maps keys to Python values; arrays are lists or numpy arrays.
     Raises InputError for missing, mistyped or contradictory keys, UnsupportedError for other
@@ -42,7 +54,13 @@ def vocabulary_from_gguf(metadata: Mapping[str, Any], *, pre: str | None = None)
     if None in fim:
         fim = list(special.find_fim(index))
     tokenizer_json = optional(metadata.get(_JSON), str, _JSON, _AGAIN)
-    name = checked_name(pre) if pre else _pre(metadata, tokenizer_json, index)
+    name = checked_name(pre) if pre else _pre(metadata, tokenizer_json)
+    if name is None:
+        if not allow_default:
+            raise _no_pre(metadata, index)
+        name = "default"
+    merges = _strings(metadata, "merges")
+    check_merges(merges, index, _PREFIX + "merges")
     bos = reader.get("bos_token_id")
     eot = reader.get("eot_token_id")
     add_bos = _flag(metadata, "add_bos_token")
@@ -53,7 +71,7 @@ def vocabulary_from_gguf(metadata: Mapping[str, Any], *, pre: str | None = None)
         pre=name,
         tokens=tuple(tokens),
         types=tuple(_types(metadata, tokens)),
-        merges=tuple(_strings(metadata, "merges")),
+        merges=tuple(merges),
         bos=bos,
         eos=reader.get("eos_token_id"),
         eot=special.find_end_of_turn(index) if eot is None else eot,
@@ -96,8 +114,10 @@ def _array(metadata: Mapping[str, Any], key: str) -> list[Any]:
             f"{_PREFIX}{key}: missing, and the tokenizer cannot be read without it; convert again"
         )
     items = value.tolist() if hasattr(value, "tolist") else value
-    if not isinstance(items, (list, tuple)) or not items:
+    if not isinstance(items, (list, tuple)):
         raise InputError(f"{_PREFIX}{key}: is {brief(value)}, a list is needed; convert again")
+    if not items:
+        raise InputError(f"{_PREFIX}{key}: has no entries; convert again")
     return list(items)
 
 
@@ -149,19 +169,24 @@ def _is_integer(value: Any) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
-def _pre(metadata: Mapping[str, Any], tokenizer_json: str | None, index: Mapping[str, int]) -> str:
-    """`tokenizer.ggml.pre`; files made before April 2024 lack it and are tokenized wrongly."""
+def _pre(metadata: Mapping[str, Any], tokenizer_json: str | None) -> str | None:
+    """`tokenizer.ggml.pre`, or the name that the tokenizer.json inside goes by."""
     name = optional(metadata.get(_PREFIX + "pre"), str, _PREFIX + "pre", _AGAIN)
     if name is not None and name not in ("", "default"):
         return name
-    if tokenizer_json is not None:
-        definition = parse_object(tokenizer_json, _JSON)
-        check_definition(definition, _JSON)
-        return recognise(definition, _JSON)
+    if tokenizer_json is None:
+        return None
+    definition = parse_object(tokenizer_json, _JSON)
+    check_definition(definition, _JSON)
+    return recognise(definition, _JSON)
+
+
+def _no_pre(metadata: Mapping[str, Any], index: Mapping[str, int]) -> InputError:
     guess = "deepseek-coder" if "<｜fim▁hole｜>" in index and "û" in index else "NAME"
-    raise InputError(
-        f"{_PREFIX}pre: is {name!r}, as in files made before April 2024: every current runtime "
-        f"would tokenize wrongly; say which pre-tokenizer it is with --pre {guess}"
+    return InputError(
+        f"{_PREFIX}pre: is {metadata.get(_PREFIX + 'pre')!r}, as in files made before April 2024: "
+        "every current runtime would tokenize wrongly; say which pre-tokenizer it is with "
+        f"--pre {guess}, or mend the file first: dsq doctor FILE --fix OUT"
     )
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from dsq.errors import InputError, UnsupportedError
 from dsq.tokenizer_port import special
-from dsq.tokenizer_port.definition import added_entries, check_definition
+from dsq.tokenizer_port.definition import added_entries, check_definition, merge_texts
 from dsq.tokenizer_port.from_gguf import vocabulary_from_gguf
 from dsq.tokenizer_port.hf_settings import (
     SpecialIds,
@@ -25,7 +25,13 @@ from dsq.tokenizer_port.hf_settings import (
 )
 from dsq.tokenizer_port.json_file import brief, expect, parse_object
 from dsq.tokenizer_port.pretokenize import checked_name, recognise
-from dsq.tokenizer_port.vocabulary import TokenType, Vocabulary, check_unique, pad_token
+from dsq.tokenizer_port.vocabulary import (
+    TokenType,
+    Vocabulary,
+    check_merges,
+    check_unique,
+    pad_token,
+)
 
 __all__ = ["load_hf", "vocabulary_from_gguf"]
 
@@ -69,6 +75,8 @@ def load_hf(
         ]
         text = json.dumps(tokenizer, ensure_ascii=False)
 
+    merges = merge_texts(tokenizer, str(path))
+    check_merges(merges, tokenizer["model"]["vocab"], str(path))
     tokens, types = _rows(path, tokenizer["model"]["vocab"], added, settings, n_rows)
     index = {token: i for i, token in enumerate(tokens)}
     ids = SpecialIds(directory, index, settings, config or {}, generation_config or {})
@@ -80,7 +88,7 @@ def load_hf(
         pre=checked_name(pre) if pre else recognise(tokenizer, str(path)),
         tokens=tuple(tokens),
         types=tuple(types),
-        merges=tuple(_merges(path, tokenizer["model"].get("merges") or [])),
+        merges=tuple(merges),
         bos=bos,
         eos=ids.find("eos", required=True),
         eot=special.find_end_of_turn(index),
@@ -214,24 +222,3 @@ def _type_of(text: str, added: Mapping[str, _Added], marked: set[str]) -> TokenT
     if token.special or text in marked or special.looks_special(text):
         return TokenType.CONTROL
     return TokenType.USER_DEFINED
-
-
-def _merges(path: Path, merges: list[Any]) -> list[str]:
-    """Both spellings of a merge, "a b" and ["a", "b"], as "a b"."""
-    found = []
-    for i, merge in enumerate(merges):
-        if isinstance(merge, str) and merge.count(" ") == 1 and merge[0] != " " != merge[-1]:
-            found.append(merge)  # the common case, tens of thousands of times
-            continue
-        pair = merge.split(" ") if isinstance(merge, str) else merge
-        if not (isinstance(pair, list) and len(pair) == 2 and all(_is_word(p) for p in pair)):
-            raise InputError(
-                f"{path}: merge {i} is {brief(merge)}, not two tokens with one space; "
-                "download the file again"
-            )
-        found.append(f"{pair[0]} {pair[1]}")
-    return found
-
-
-def _is_word(value: Any) -> bool:
-    return isinstance(value, str) and value != "" and " " not in value

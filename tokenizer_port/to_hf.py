@@ -2,41 +2,44 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dsq.errors import InputError
-from dsq.tokenizer_port.definition import added_entries, check_definition, processors
-from dsq.tokenizer_port.json_file import parse_object
+from dsq.tokenizer_port.definition import (
+    added_entries,
+    check_definition,
+    merge_texts,
+    processors,
+)
+from dsq.tokenizer_port.json_file import expect, parse_object
 from dsq.tokenizer_port.pretokenize import chain_for
-from dsq.tokenizer_port.vocabulary import TokenType, Vocabulary
+from dsq.tokenizer_port.spelling import spelling_of
+from dsq.tokenizer_port.vocabulary import TokenType, Vocabulary, pad_token
 
 EMBEDDED = "tokenizer.huggingface.json"  # GGUF's key for the whole tokenizer.json
 
 _ADDED = (TokenType.CONTROL, TokenType.USER_DEFINED, TokenType.UNKNOWN)
 
 
-def tokenizer_json(vocab: Vocabulary) -> dict[str, Any]:
+def tokenizer_json(vocab: Vocabulary, *, published: bool = False) -> dict[str, Any]:
     """The content of tokenizer.json: the model's own when the vocabulary has it, else rebuilt.
 
+    Rebuilt by llama.cpp's rules, or, if `published`, as the family's published file has it.
     A truncation or padding left in the file by a training script is dropped: it would cut every
     text short without a word.
     """
     if vocab.tokenizer_json is None:
-        return _rebuilt(vocab)
+        return _rebuilt(vocab, chain_for(vocab.pre, as_llama_cpp=not published))
     own = parse_object(vocab.tokenizer_json, EMBEDDED)
     check_definition(own, EMBEDDED)
     tokens: dict[str, int] = dict(own["model"]["vocab"])
     added = {entry["content"]: entry["id"] for entry in added_entries(own, EMBEDDED)}
-    for token, i in (*tokens.items(), *added.items()):
-        if not 0 <= i < len(vocab.tokens) or vocab.tokens[i] != token:
-            raise InputError(
-                f"{EMBEDDED}: {token!r} has the id {i}, but in "
-                "tokenizer.ggml.tokens that id is another token's; the two must agree: convert "
-                "again"
-            )
+    _check_agreement(tokens, added, vocab)
+    _check_merges_agree(merge_texts(own, EMBEDDED), vocab.merges)
     new = sorted(added[token] for token in added if token not in tokens)
     if new != list(range(len(tokens), len(tokens) + len(new))):
-        tokens.update(added)  # there are gaps: see _rebuilt
+        tokens.update(added)  # there are gaps: see Spelling.added_in_vocab
     return {
         **own,
         "truncation": None,
@@ -45,13 +48,63 @@ def tokenizer_json(vocab: Vocabulary) -> dict[str, Any]:
     }
 
 
-def _rebuilt(vocab: Vocabulary) -> dict[str, Any]:
-    chain = chain_for(vocab.pre)
+def _check_agreement(
+    tokens: Mapping[str, int], added: Mapping[str, int], vocab: Vocabulary
+) -> None:
+    """Every id is the same token in tokenizer.json and in the arrays, which llama.cpp goes by."""
+    for token, i in (*tokens.items(), *added.items()):
+        if not 0 <= i < len(vocab.tokens) or vocab.tokens[i] != token:
+            raise _disagreement(
+                f"{token!r} has the id {i}, but in tokenizer.ggml.tokens that id is another token's"
+            )
+    known, marked = {*tokens.values(), *added.values()}, {*added.values()}
+    for i, (token, kind) in enumerate(zip(vocab.tokens, vocab.types, strict=True)):
+        if i not in known and kind != TokenType.UNUSED and token != pad_token(i):
+            raise _disagreement(f"lacks token {i}, {token!r} in tokenizer.ggml.tokens")
+        if kind == TokenType.NORMAL and i in marked:
+            raise _disagreement(
+                f"token {i}, {token!r}, is an added token, but tokenizer.ggml.token_type says "
+                "ordinary text"
+            )
+
+
+def _check_merges_agree(own: Sequence[str], merges: Sequence[str]) -> None:
+    for i, (ours, theirs) in enumerate(zip(own, merges, strict=False)):
+        if ours != theirs:
+            raise _disagreement(f"merge {i} is {ours!r}, in tokenizer.ggml.merges {theirs!r}")
+    if len(own) != len(merges):
+        raise _disagreement(f"has {len(own)} merges, tokenizer.ggml.merges {len(merges)}")
+
+
+def _disagreement(what: str) -> InputError:
+    return InputError(f"{EMBEDDED}: {what}; the two must agree: convert again")
+
+
+def _rebuilt(vocab: Vocabulary, chain: Mapping[str, Any]) -> dict[str, Any]:
+    spelling = spelling_of(vocab.pre)
     kept = [
         (token, i, kind)
         for i, (token, kind) in enumerate(zip(vocab.tokens, vocab.types, strict=True))
         if kind != TokenType.UNUSED
     ]
+    n_base = len(kept)
+    if not spelling.added_in_vocab:
+        while n_base and kept[n_base - 1][2] in _ADDED and kept[n_base - 1][1] == n_base - 1:
+            n_base -= 1
+    model = {
+        "type": "BPE",
+        "dropout": None,
+        "unk_token": None,
+        "continuing_subword_prefix": None,
+        "end_of_word_suffix": None,
+        "fuse_unk": False,
+        "byte_fallback": False,
+        "ignore_merges": chain["ignore_merges"],
+        "vocab": {token: i for token, i, _ in kept[:n_base]},
+        "merges": list(vocab.merges),
+    }
+    if not spelling.says_ignore_merges:
+        del model["ignore_merges"]
     return {
         "version": "1.0",
         "truncation": None,
@@ -63,8 +116,8 @@ def _rebuilt(vocab: Vocabulary) -> dict[str, Any]:
                 "single_word": False,
                 "lstrip": False,
                 "rstrip": False,
-                "normalized": False,
-                "special": kind != TokenType.USER_DEFINED,
+                "normalized": spelling.added_normalized,
+                "special": kind != TokenType.USER_DEFINED and token not in spelling.not_special,
             }
             for token, i, kind in kept
             if kind in _ADDED
@@ -73,20 +126,7 @@ def _rebuilt(vocab: Vocabulary) -> dict[str, Any]:
         "pre_tokenizer": chain["pre_tokenizer"],
         "post_processor": chain["post_processor"],
         "decoder": chain["decoder"],
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": None,
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": False,
-            "byte_fallback": False,
-            "ignore_merges": chain["ignore_merges"],
-            # Added tokens are listed here as well: `tokenizers` ignores the ids in added_tokens
-            # and numbers on from the vocabulary, which shifts them wherever rows are unused.
-            "vocab": {token: i for token, i, _ in kept},
-            "merges": list(vocab.merges),
-        },
+        "model": model,
     }
 
 
@@ -98,6 +138,10 @@ def tokenizer_config(vocab: Vocabulary, model_max_length: int) -> dict[str, Any]
         "add_eos_token": vocab.add_eos,
         "clean_up_tokenization_spaces": False,
         "model_max_length": model_max_length,
+        # As the Llama classes have it. The plain class adds token_type_ids in transformers 4, which
+        # Llama's generate() refuses, and pads on the right.
+        "model_input_names": ["input_ids", "attention_mask"],
+        "padding_side": "left",
         **special_tokens_map(vocab),
     }
     if vocab.chat_templates:
@@ -124,31 +168,55 @@ def hf_files(vocab: Vocabulary, model_max_length: int) -> dict[str, dict[str, An
     `add_bos_token`, which transformers 5 does not read.
     """
     return {
-        "tokenizer.json": with_bos(tokenizer_json(vocab), vocab),
+        "tokenizer.json": with_bos(tokenizer_json(vocab, published=True), vocab),
         "tokenizer_config.json": tokenizer_config(vocab, model_max_length),
         "special_tokens_map.json": special_tokens_map(vocab),
     }
 
 
 def with_bos(tokenizer: dict[str, Any], vocab: Vocabulary) -> dict[str, Any]:
-    """The same tokenizer.json with a post-processor that adds BOS, if the model wants one."""
-    if not vocab.add_bos or vocab.bos is None:
+    """The same tokenizer.json with a post-processor that adds BOS if the model wants one, and none
+    if it does not: with the plain class, no transformers reads `add_bos_token`."""
+    if vocab.bos is None:
         return tokenizer
+    bos = vocab.tokens[vocab.bos]
     steps = processors(tokenizer, EMBEDDED)
-    if any(step.get("type") == "TemplateProcessing" for step in steps):
+    templates = [step for step in steps if step.get("type") == "TemplateProcessing"]
+    if any(_is_bos(piece, bos) for step in templates for piece in step["single"]) == vocab.add_bos:
         return tokenizer
-    text = vocab.tokens[vocab.bos]
-    bos = {"SpecialToken": {"id": text, "type_id": 0}}
-    first = {"Sequence": {"id": "A", "type_id": 0}}
-    template = {
-        "type": "TemplateProcessing",
-        "single": [bos, first],
-        "pair": [bos, first, _second(bos), {"Sequence": {"id": "B", "type_id": 1}}],
-        "special_tokens": {text: {"id": text, "ids": [vocab.bos], "tokens": [text]}},
-    }
-    processor = {"type": "Sequence", "processors": [*steps, template]} if steps else template
+    if not templates:
+        templates = [_PLAIN_TEMPLATE]
+        steps = [*steps, _PLAIN_TEMPLATE]
+    new = [_template(step, bos, vocab) if step in templates else step for step in steps]
+    processor = {"type": "Sequence", "processors": new} if len(new) > 1 else new[0]
     return {**tokenizer, "post_processor": processor}
 
 
-def _second(bos: dict[str, Any]) -> dict[str, Any]:
-    return {"SpecialToken": {**bos["SpecialToken"], "type_id": 1}}
+_PLAIN_TEMPLATE: dict[str, Any] = {
+    "type": "TemplateProcessing",
+    "single": [{"Sequence": {"id": "A", "type_id": 0}}],
+    "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+    "special_tokens": {},
+}
+
+
+def _template(step: dict[str, Any], bos: str, vocab: Vocabulary) -> dict[str, Any]:
+    """The step with BOS before each text, or without any."""
+    what = f"{EMBEDDED}: post_processor: TemplateProcessing"
+    special = expect(step.get("special_tokens"), dict, f"{what}.special_tokens")
+    if vocab.add_bos:
+        special = {**special, bos: {"id": bos, "ids": [vocab.bos], "tokens": [bos]}}
+    new = {**step, "special_tokens": special, "single": [], "pair": []}
+    for key in ("single", "pair"):
+        for piece in expect(step.get(key), list, f"{what}.{key}"):
+            sequence = expect(piece, dict, f"{what}.{key}: a piece").get("Sequence")
+            if vocab.add_bos and isinstance(sequence, dict):
+                new[key].append({"SpecialToken": {**sequence, "id": bos}})
+            if not _is_bos(piece, bos):
+                new[key].append(piece)
+    return new
+
+
+def _is_bos(piece: dict[str, Any], bos: str) -> bool:
+    special = piece.get("SpecialToken")
+    return isinstance(special, dict) and special.get("id") == bos

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from functools import cached_property
 
 from dsq.errors import InputError
+from dsq.tokenizer_port.json_file import brief
 
 
 class TokenType(IntEnum):
@@ -93,3 +94,24 @@ def check_unique(tokens: Iterable[str], where: str) -> None:
                 "only: rename or remove one of the two"
             )
         seen[token] = i
+
+
+def check_merges(merges: Sequence[str], index: Container[str], where: str) -> None:
+    """Each merge "a b" joins two tokens to a third one.
+
+    llama.cpp passes over the others without a word, `tokenizers` does not say which it is.
+    """
+    for i, merge in enumerate(merges):
+        left, _, right = merge.partition(" ")
+        if left in index and right in index and left + right in index and left and right:
+            continue
+        if not left or not right or " " in right:
+            raise InputError(
+                f"{where}: merge {i} is {brief(merge)}, not two tokens with one space; convert or "
+                "download the model again"
+            )
+        absent = next(text for text in (left, right, left + right) if text not in index)
+        raise InputError(
+            f"{where}: merge {i} is {brief(merge)}, but {brief(absent)} is no token; the merges "
+            "belong to another vocabulary: convert or download the model again"
+        )

@@ -85,7 +85,7 @@ def write_gguf(
     stream = iter(slabs)
     with atomic_files(paths) as temporary:
         # The first slab is asked for first: the threads work while the header is written.
-        stream = itertools.chain([next(stream)], stream)
+        stream = itertools.chain(list(itertools.islice(stream, 1)), stream)
         for index, (file, tensors) in enumerate(zip(temporary, layout.shards, strict=True)):
             _write_header(file, layout, index, tensors)
             with file.open("ab", buffering=0) as out:

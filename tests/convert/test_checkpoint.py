@@ -532,15 +532,16 @@ def test_gguf_tensors_that_do_not_fit(tmp_path: Path) -> None:
 def test_vocabularies(tmp_path: Path) -> None:
     tiny = open_checkpoint(TINY_CODER)
     assert len(tiny.vocabulary().tokens) == tiny.spec.n_vocab
+    tokens = (*"abcdefghij", "ab")
     metadata = {
         "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.tokens": list("abcdefghijk"),
+        "tokenizer.ggml.tokens": list(tokens),
         "tokenizer.ggml.token_type": [1] * 11,
         "tokenizer.ggml.merges": ["a b"],
     }
     path = write_gguf(tmp_path / "m.gguf", gguf_weights(), metadata)
     vocabulary = open_checkpoint(path).vocabulary(pre="deepseek-coder")
-    assert (vocabulary.tokens, vocabulary.pre) == (tuple("abcdefghijk"), "deepseek-coder")
+    assert (vocabulary.tokens, vocabulary.pre) == (tokens, "deepseek-coder")
 
 
 # A directory that holds exactly one model

@@ -1,13 +1,12 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
+import tokenizers
 
 from dsq.errors import InputError, UnsupportedError
 from dsq.tokenizer_port.load import load_hf, vocabulary_from_gguf
@@ -138,6 +137,36 @@ def test_token_of_a_fine_tune_in_added_tokens_json_only(
     assert Tokenizer.from_vocabulary(vocab).encode("<think>", add_bos=False) == [n + 3]
 
 
+# DeepSeek's fine-tunes come with 32022, 32023, 32024, 32029 or 32256 rows.
+@pytest.mark.parametrize("more_rows", [0, 1, 2, 7, 234])
+@pytest.mark.parametrize("more_tokens", [0, 1])
+def test_rows_beyond_the_tokens(
+    make_dir: Maker, deepseek_json: dict[str, Any], more_rows: int, more_tokens: int
+) -> None:
+    tokenizer = copy.deepcopy(deepseek_json)
+    n = n_tokens(tokenizer)
+    if more_tokens:
+        tokenizer["added_tokens"].append(added_entry(n, "<think>", False))
+    directory = make_dir(tokenizer)
+    if more_rows < more_tokens:
+        with pytest.raises(InputError, match="larger than the rows"):
+            load_hf(directory, n + more_rows)
+        return
+    vocab = load_hf(directory, n + more_rows)
+    assert vocab.pre == "deepseek-coder"
+    pads = range(n + more_tokens, n + more_rows)
+    assert vocab.ids_of_type(TokenType.UNUSED) == [*pads]
+    assert [vocab.tokens[i] for i in pads] == [f"[PAD{i}]" for i in pads]
+    # The same tokens from the file itself, and rebuilt from what a GGUF holds.
+    own = tokenizers.Tokenizer.from_str(json.dumps(tokenizer))
+    rebuilt = vocabulary_from_gguf(metadata(vocab))
+    for text in ("def f():\n  return 'ü'", f"a{EOT}<think>{BOS}", f"[PAD{n + more_rows - 1}]"):
+        expected = own.encode(text).ids
+        for each in (vocab, rebuilt):
+            found = Tokenizer.from_vocabulary(each).encode(text, add_bos=False, parse_special=True)
+            assert found == expected
+
+
 def test_special_flag_in_added_tokens_decoder(
     make_dir: Maker, deepseek_json: dict[str, Any]
 ) -> None:
@@ -159,6 +188,10 @@ def broken(change: str, tokenizer: dict[str, Any]) -> dict[str, Any]:
         made["added_tokens"].append(added_entry(last + 1, text, False))
     elif change == "bad merge":
         made["model"]["merges"][3] = "a b c"
+    elif change == "absent part":
+        made["model"]["merges"][3] = "☃ a"
+    elif change == "absent result":
+        made["model"]["merges"][3] = ["~", "~"]
     elif change == "unigram":
         made["model"]["type"] = "Unigram"
     elif change == "byte fallback":
@@ -179,6 +212,8 @@ def broken(change: str, tokenizer: dict[str, Any]) -> dict[str, Any]:
         ("one token, two ids", InputError, r"'<\|EOT\|>' has the ids"),
         ("a base token again", InputError, "are both"),
         ("bad merge", InputError, "merge 3 is 'a b c'"),
+        ("absent part", InputError, "merge 3 is '☃ a', but '☃' is no token"),
+        ("absent result", InputError, "merge 3 is '~ ~', but '~~' is no token"),
         ("unigram", UnsupportedError, "'Unigram'; only byte-level BPE"),
         ("byte fallback", UnsupportedError, "SentencePiece-style"),
         ("metaspace", UnsupportedError, "SentencePiece-style"),
@@ -334,140 +369,3 @@ def test_pairs_of_surrogates_are_a_character(make_dir: Maker) -> None:
     directory = make_dir(settings={"chat_template": "🙂 \\ud800"})
     assert r"\ud83d\ude42 \\ud800" in (directory / "tokenizer_config.json").read_text()
     assert load_hf(directory, 2000).chat_template == "🙂 \\ud800"
-
-
-# From a GGUF
-
-
-def test_gguf_round_trip(vocab: Vocabulary) -> None:
-    again = vocabulary_from_gguf(metadata(vocab))
-    assert {**again.__dict__, "tokenizer_json": None, "index": None} == {
-        **vocab.__dict__,
-        "tokenizer_json": None,
-        "index": None,
-    }
-
-
-def test_gguf_arrays_of_numpy(vocab: Vocabulary) -> None:
-    entries = metadata(vocab)
-    entries["tokenizer.ggml.token_type"] = np.array(vocab.types, dtype=np.int32)
-    entries["tokenizer.ggml.bos_token_id"] = np.uint32(vocab.bos or 0)
-    again = vocabulary_from_gguf(entries)
-    assert again.types == vocab.types
-    assert type(again.types[0]) is int
-    assert type(again.bos) is int
-
-
-def test_gguf_types_of_old_converters_are_mended(vocab: Vocabulary) -> None:
-    entries = metadata(vocab)
-    user = int(TokenType.USER_DEFINED)
-    special = (BOS, EOS)
-    entries["tokenizer.ggml.token_type"] = [
-        user
-        if kind == TokenType.UNUSED or (kind == TokenType.CONTROL and text not in special)
-        else kind
-        for text, kind in zip(vocab.tokens, vocab.types, strict=True)
-    ]
-    assert vocabulary_from_gguf(entries).types == vocab.types
-
-
-def test_gguf_without_pre_says_what_to_do(vocab: Vocabulary) -> None:
-    entries = metadata(vocab)
-    del entries["tokenizer.ggml.pre"]
-    with pytest.raises(InputError, match=r"before April 2024.*--pre deepseek-coder"):
-        vocabulary_from_gguf(entries)
-    assert vocabulary_from_gguf(entries, pre="deepseek-coder").pre == "deepseek-coder"
-    entries["tokenizer.huggingface.json"] = vocab.tokenizer_json
-    assert vocabulary_from_gguf(entries).pre == "deepseek-coder"
-
-
-@pytest.mark.parametrize(
-    ("key", "value", "message"),
-    [
-        ("model", None, "model: missing"),
-        ("model", "llama", "'llama'; only"),
-        ("tokens", None, "tokens: missing"),
-        ("tokens", [], "a list is needed"),
-        ("tokens", ["a", "b", "a"], "tokens 0 and 2 are both 'a'"),
-        ("merges", None, "merges: missing"),
-        ("token_type", [1, 1], "token_type: has 2 entries"),
-        ("bos_token_id", 10**6, "bos_token_id: is 1000000"),
-        ("eot_token_id", -1, "eot_token_id: is -1"),
-        ("model", 7, "model is 7; a string is needed"),
-        ("model", np.zeros(3), "model is array"),
-        ("pre", 7, "pre is 7; a string is needed"),
-        ("tokens", [1, 2], "tokens: entry 0 is 1, a string is needed"),
-        ("tokens", "abc", "tokens: is 'abc', a list is needed"),
-        ("merges", ["a b", None], "merges: entry 1 is None, a string is needed"),
-        ("token_type", ["x"], "token_type: entry 0 is 'x', a whole number"),
-        ("token_type", np.array([1.5]), "token_type: entry 0 is 1.5, a whole number"),
-        ("bos_token_id", "1", "bos_token_id: is '1', a whole number"),
-        ("bos_token_id", [1], r"bos_token_id: is \[1\], a whole number"),
-        ("bos_token_id", True, "bos_token_id: is True, a whole number"),
-        ("bos_token_id", np.arange(3), "bos_token_id: is array"),
-        ("add_bos_token", 1, "add_bos_token is 1; true or false is needed"),
-        ("add_eos_token", "no", "add_eos_token is 'no'; true or false is needed"),
-        ("add_space_prefix", [], r"add_space_prefix is \[\]; true or false is needed"),
-    ],
-)
-def test_gguf_errors(vocab: Vocabulary, key: str, value: Any, message: str) -> None:
-    entries = metadata(vocab)
-    entries[f"tokenizer.ggml.{key}"] = value
-    if value is None:
-        del entries[f"tokenizer.ggml.{key}"]
-    with pytest.raises(InputError, match=message):
-        vocabulary_from_gguf(entries)
-
-
-@pytest.mark.parametrize(
-    ("key", "value", "message"),
-    [
-        ("chat_template", 5, "chat_template is 5; a string"),
-        ("chat_template.rag", ["x"], r"chat_template.rag is \['x'\]; a string"),
-        ("huggingface.json", {}, r"huggingface.json is \{\}; a string"),
-    ],
-)
-def test_gguf_texts_of_another_type(vocab: Vocabulary, key: str, value: Any, message: str) -> None:
-    with pytest.raises(InputError, match=message):
-        vocabulary_from_gguf({**metadata(vocab), f"tokenizer.{key}": value})
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("{", "not valid JSON"),
-        ("[]", "holds a JSON list; expected an object"),
-        ("{}", "model is missing; an object is needed"),
-        ('{"model": 7}', "model is 7; an object is needed"),
-        ('{"model": {"vocab": []}}', r"model.vocab is \[\]; an object is needed"),
-        ('{"model": {"vocab": {"a": "b"}}}', "token 'a' has the id 'b', no row number"),
-        ('{"model": {"vocab": {"a": 0}}, "model": 1}', "the key 'model' is given twice"),
-        ('{"model": {"vocab": {"a": 0}}, "normalizer": 5}', "normalizer is 5; an object"),
-    ],
-)
-@pytest.mark.parametrize("pre", ["named", "to be found"])
-def test_gguf_with_a_bad_tokenizer_json(
-    vocab: Vocabulary, text: str, message: str, pre: str
-) -> None:
-    entries = {**metadata(vocab), "tokenizer.huggingface.json": text}
-    if pre == "to be found":
-        del entries["tokenizer.ggml.pre"]
-    with pytest.raises(InputError, match=f"tokenizer.huggingface.json: {message}") as caught:
-        Tokenizer.from_vocabulary(vocabulary_from_gguf(entries))
-    assert not isinstance(caught.value, UnsupportedError)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"types": (1,)}, "tokens but 1 token types"),
-        ({"eos": 10**6}, "eos is token 1000000, but ids go from 0"),
-        ({"fim_middle": -1}, "fim_middle is token -1"),
-        ({"bos": None}, "add_bos is true, but there is no BOS"),
-    ],
-)
-def test_a_vocabulary_that_contradicts_itself(
-    vocab: Vocabulary, changes: dict[str, Any], message: str
-) -> None:
-    with pytest.raises(InputError, match=message):
-        dataclasses.replace(vocab, **changes)
