@@ -34,6 +34,7 @@ from dsq.quant.threads import default_threads
 from dsq.quant.tunable import Tunable
 from dsq.runtime.decoder import Decoder, read_tensor
 from dsq.runtime.teacher import Teacher
+from dsq.runtime.teacher import kld as divergence
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -357,7 +358,7 @@ class _Run:
     def _klds(self, batch: list[int], norm: Tensor, head: Tensor, rows: Tensor) -> Iterator[float]:
         for part, wanted in self.teacher.parts(batch):
             logits = self.student.graph.logits(norm, head, rows[part])
-            yield float(_kld(wanted, logits))
+            yield divergence(wanted, logits).item()
 
     def _loss(self, batch: list[int], hidden: Tensor) -> tuple[float, Tensor]:
         """Mean KLD and its gradient; the head's part of the graph lives for some rows at a time."""
@@ -368,16 +369,13 @@ class _Run:
         for part, wanted in self.teacher.parts(batch):
             with torch.enable_grad():
                 norm, head = self.student.head()
-                loss = _kld(wanted, self.student.graph.logits(norm, head, rows[part])) / len(rows)
+                loss = divergence(wanted, self.student.graph.logits(norm, head, rows[part])) / len(
+                    rows
+                )
             loss.backward()  # type: ignore[no-untyped-call]
             total += loss.item()
         assert rows.grad is not None, "every row has a loss"
         return total, rows.grad.reshape(hidden.shape)
-
-
-def _kld(wanted: Tensor, logits: Tensor) -> Tensor:
-    """Σ over rows of KL(p ‖ softmax(logits)), `wanted` being log p (rows, n_vocab)."""
-    return (wanted.exp() * (wanted - logits.log_softmax(-1))).sum()
 
 
 def _schedule(step: int, total: int) -> float:

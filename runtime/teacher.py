@@ -42,36 +42,56 @@ class Teacher:
 
     def run(self, progress: Callable[[int, int], None] = lambda done, total: None) -> None:
         """Compute and store everything. One layer of weights is in memory at a time."""
+        with open(self._path, "wb") as out:
+            reserve(out.fileno(), self._windows.size * self._row_bytes)
+            for row, logits in self._logits(self._source, progress):
+                self._store(out.fileno(), row, logits)
+
+    def kld(self, candidate: HfCheckpoint | GgufCheckpoint) -> float:
+        """Mean KL divergence of a candidate's predictions over all windows, in nats a token."""
         import torch
 
-        spec, ids = self._source.spec, torch.from_numpy(self._windows.astype(np.int64))
+        total = 0.0
+        with torch.inference_mode():
+            windows = range(len(self._windows))
+            parts = (wanted for _, wanted in self.parts(list(windows)))
+            for (_, logits), wanted in zip(self._logits(candidate), parts, strict=True):
+                total += kld(wanted, logits).item()
+        return total / self._windows.size
+
+    def _logits(
+        self,
+        model: HfCheckpoint | GgufCheckpoint,
+        progress: Callable[[int, int], None] = lambda done, total: None,
+    ) -> Iterator[tuple[int, Tensor]]:
+        """(first row, logits) of up to ROWS rows at a time, in order; no part spans two windows."""
+        import torch
+
+        spec, ids = model.spec, torch.from_numpy(self._windows.astype(np.int64))
         shape = (len(ids), ids.shape[1], spec.n_embd)
         n = max(1, _BATCH_TOKENS // shape[1])
         starts = range(0, shape[0], n)
         device = self._graph.device
-        with torch.inference_mode(), Border(self._folder / "a", shape, create=True) as border:
-            embedding = read_tensor(self._source, "model.embed_tokens.weight")
+        with torch.inference_mode(), Border(self._folder / "hidden", shape, create=True) as border:
+            embedding = read_tensor(model, "model.embed_tokens.weight")
             for start in starts:
                 border.write(start, embedding[ids[start : start + n]])
-            if not spec.tied:
-                del embedding
+            del embedding
             for i in range(spec.n_layer):
-                weights = read_layer(self._source, i, device)
+                weights = read_layer(model, i, device)
                 for start in starts:  # in place: a window's states depend on no other window
                     hidden = border.read(start, min(n, shape[0] - start)).to(device)
                     border.write(start, self._graph.layer(weights, hidden))
+                del weights
                 progress(i + 1, spec.n_layer + 1)
-            del weights
-            norm = read_tensor(self._source, "model.norm.weight", device)
+            norm = read_tensor(model, "model.norm.weight", device)
             name = "model.embed_tokens.weight" if spec.tied else "lm_head.weight"
-            head = read_tensor(self._source, name, device)
-            with open(self._path, "wb") as out:
-                reserve(out.fileno(), self._windows.size * self._row_bytes)
-                for window in range(shape[0]):
-                    rows = border.read(window, 1)[0].to(device)
-                    for at in range(0, len(rows), ROWS):
-                        logits = self._graph.logits(norm, head, rows[at : at + ROWS])
-                        self._store(out.fileno(), window * shape[1] + at, logits)
+            head = read_tensor(model, name, device)
+            for window in range(shape[0]):
+                rows = border.read(window, 1)[0].to(device)
+                for at in range(0, len(rows), ROWS):
+                    logits = self._graph.logits(norm, head, rows[at : at + ROWS])
+                    yield window * shape[1] + at, logits
             progress(spec.n_layer + 1, spec.n_layer + 1)
 
     def _store(self, file: int, row: int, logits: Tensor) -> None:
@@ -101,3 +121,8 @@ class Teacher:
                     shifted *= -record["scale"][:, None]
                     log_p = torch.from_numpy(shifted).to(self._graph.device).log_softmax(-1)
                     yield slice(k * n_ctx + at, k * n_ctx + at + n), log_p
+
+
+def kld(wanted: Tensor, logits: Tensor) -> Tensor:
+    """Σ over rows of KL(p ‖ softmax(logits)), `wanted` being log p (rows, n_vocab)."""
+    return (wanted.exp() * (wanted - logits.log_softmax(-1))).sum()
