@@ -1,4 +1,4 @@
-"""Reading llama.cpp's importance matrices: GGUF files, and the older `.dat`.
+"""Reading importance matrices: llama.cpp's GGUF files and older `.dat`, and dsq's statistics.
 
 Source: common/imatrix-loader.cpp and `load_imatrix` in tools/quantize/quantize.cpp.
 """
@@ -14,10 +14,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from dsq.convert.checkpoint import GgufCheckpoint, HfCheckpoint
 from dsq.convert.gguf.reader import GgufFile, read_gguf
+from dsq.convert.identity import model_identity
 from dsq.convert.json_file import brief, shown
 from dsq.errors import InputError
 from dsq.quant.scheme import F32
+from dsq.quant.stats import Stats, input_of, is_stats, output_sizes, read_stats
 
 _SUMS, _COUNTS = ".in_sum2", ".counts"
 _AGAIN = "make a new imatrix"
@@ -36,14 +39,85 @@ class Imatrix:
     n_chunks: int = 0
 
 
-def read_imatrix(path: Path) -> Imatrix:
-    """Read either format. Raises InputError for a damaged file or values that are not finite."""
+@dataclass(frozen=True)
+class ImatrixSums:
+    """What an imatrix GGUF holds, by GGUF tensor name: sums of squares (n), and counts of tokens.
+
+    There is one count for each equal part of the sums (an expert's).
+    """
+
+    path: Path
+    sums: Mapping[str, F32Array]
+    counts: Mapping[str, F32Array]
+    datasets: tuple[str, ...]
+    n_chunks: int
+    chunk_size: int
+
+    def means(self) -> Imatrix:
+        values = {name: _means(sums, self.counts[name]) for name, sums in self.sums.items()}
+        return Imatrix(self.path, values, self.datasets, self.n_chunks)
+
+
+def read_imatrix(path: Path, checkpoint: HfCheckpoint | GgufCheckpoint | None = None) -> Imatrix:
+    """Read any format. Raises InputError for a damaged file or values that are not finite.
+
+    Statistics tell whose they are: those of another model than `checkpoint` are refused.
+    """
+    if _magic(path) == b"GGUF":
+        return _read_gguf(path).means()
+    if is_stats(path):
+        stats = read_stats(path)
+        if checkpoint is not None:
+            stats.check_model(model_identity(checkpoint))
+        return sums_of_stats(stats).means()
+    return _read_dat(path)
+
+
+def read_sums(path: Path) -> ImatrixSums:
+    """Read an imatrix GGUF or statistics. Raises InputError, for a `.dat` too: it has no sums."""
+    if _magic(path) == b"GGUF":
+        return _read_gguf(path)
+    if is_stats(path):
+        return sums_of_stats(read_stats(path))
+    raise InputError(
+        f"{path}: neither an imatrix GGUF nor statistics (an old .dat counts calls, not tokens; "
+        f"llama-imatrix --in-file {path.name} -o imatrix.gguf makes a GGUF of it)"
+    )
+
+
+def sums_of_stats(stats: Stats, *, output: bool = False) -> ImatrixSums:
+    """The importance matrix in `stats`, as llama-imatrix would have written it.
+
+    `output` adds that of `output.weight`, as `llama-imatrix --process-output` does.
+    """
+    sums = {
+        name: (stats.inputs[input_of(name)].mean_sq * np.float32(stats.tokens.size))
+        for name in output_sizes(stats.model)
+        if output or name != "output.weight"
+    }
+    count = np.array([stats.tokens.size], np.float32)
+    return ImatrixSums(
+        stats.path,
+        sums,
+        dict.fromkeys(sums, count),
+        datasets=(_dataset(stats),),
+        n_chunks=len(stats.tokens),
+        chunk_size=stats.n_ctx,
+    )
+
+
+def _dataset(stats: Stats) -> str:
+    text = stats.record.get("text")
+    name = text.get("name") if isinstance(text, dict) else None
+    return name if isinstance(name, str) else stats.path.name
+
+
+def _magic(path: Path) -> bytes:
     try:
         with path.open("rb") as file:
-            magic = file.read(4)
+            return file.read(4)
     except OSError as error:
         raise InputError(f"{path}: cannot read the imatrix: {error.strerror}") from error
-    return _read_gguf(path) if magic == b"GGUF" else _read_dat(path)
 
 
 def _check_finite(path: Path, name: str, values: F32Array) -> None:
@@ -51,24 +125,25 @@ def _check_finite(path: Path, name: str, values: F32Array) -> None:
         raise InputError(f"{path}: {name} has values that are NaN or Inf; {_AGAIN}")
 
 
-def _read_gguf(path: Path) -> Imatrix:
+def _read_gguf(path: Path) -> ImatrixSums:
     file = read_gguf(path)
     for key in ("imatrix.datasets", "imatrix.chunk_count", "imatrix.chunk_size"):
         if key not in file.metadata:
             raise InputError(f"{path}: {key} is missing; this is no imatrix file")
     datasets = _datasets(file)
     n_chunks = _chunks(file, "imatrix.chunk_count")
-    _chunks(file, "imatrix.chunk_size")
+    chunk_size = _chunks(file, "imatrix.chunk_size")
     names = {
         tensor.removesuffix(suffix): None  # a set that keeps the order
         for tensor in file.tensors
         for suffix in (_SUMS, _COUNTS)
         if tensor.endswith(suffix)
     }
-    values = {name: _means(file, name) for name in names}
-    if not values:
+    if not names:
         raise InputError(f"{path}: no tensor is named ...{_SUMS}; this is no imatrix file")
-    return Imatrix(path, values, datasets, n_chunks)
+    pairs = {name: _pair(file, name) for name in names}
+    sums, counts = ({name: pair[i] for name, pair in pairs.items()} for i in range(2))
+    return ImatrixSums(path, sums, counts, datasets, n_chunks, chunk_size)
 
 
 def _datasets(file: GgufFile) -> tuple[str, ...]:
@@ -91,8 +166,8 @@ def _chunks(file: GgufFile, key: str) -> int:
     return value
 
 
-def _means(file: GgufFile, name: str) -> F32Array:
-    """Sums over counts; there is one count for each equal part of the sums (an expert's)."""
+def _pair(file: GgufFile, name: str) -> tuple[F32Array, F32Array]:
+    """Sums and counts of a tensor."""
     sums = _floats(file, name + _SUMS)
     counts = _rounded(_floats(file, name + _COUNTS))
     if len(sums) % len(counts):
@@ -100,6 +175,10 @@ def _means(file: GgufFile, name: str) -> F32Array:
             f"{file.path}: {shown(name + _SUMS)} has {len(sums)} values, but "
             f"{shown(name + _COUNTS)} has {len(counts)}, which does not divide them; {_AGAIN}"
         )
+    return sums, counts
+
+
+def _means(sums: F32Array, counts: F32Array) -> F32Array:
     seen = (counts > 0)[:, None]  # a part that no token reached gets 1: no opinion
     parts = sums.reshape(len(counts), -1)
     mean = np.where(seen, parts / np.where(seen, counts[:, None], np.float32(1)), np.float32(1))

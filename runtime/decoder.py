@@ -46,13 +46,14 @@ def read_tensor(
     is_gguf = checkpoint.format == "gguf"
     name = gguf_name(hf_name) if is_gguf else hf_name
     info = checkpoint.tensors[name]
-    values = ggml.dequantize(checkpoint.data(name), info.type, info.shape[-1])
+    # torch's memory, not numpy's: it is aligned the same way in every run, and so are the results.
+    tensor = torch.empty(info.shape)
+    data = np.ascontiguousarray(checkpoint.data(name))
+    ggml.dequantize_into(data, info.type, tensor.numpy())
     heads = permuted_heads(name, checkpoint.spec) if is_gguf else None
     if heads:
-        # A bias is one row to ggml, but its values move one by one.
-        values = values.reshape(-1, info.shape[-1] if len(info.shape) > 1 else 1)
-        values = values[half_split_rows(len(values), heads)]
-    return torch.from_numpy(values.reshape(info.shape)).to(device)
+        tensor = tensor[torch.from_numpy(half_split_rows(len(tensor), heads))]
+    return tensor.to(device)
 
 
 def read_layer(
@@ -70,13 +71,14 @@ def read_layer(
 class Decoder:
     """The graph of one model for windows of `n_ctx` tokens; it holds no weights.
 
-    `hidden` is (windows, n_ctx, n_embd) everywhere; every function can be differentiated.
+    `hidden` is (windows, n_ctx, n_embd) everywhere; every function can be differentiated. A
+    subclass that overrides `linear` sees what each matrix reads and gives.
     """
 
     def __init__(self, spec: ModelSpec, n_ctx: int, device: str = "cpu") -> None:
         import torch
 
-        self.spec, self.n_ctx = spec, n_ctx
+        self.spec, self.n_ctx, self.device = spec, n_ctx, device
         step, scale = spec.rope.inv_freq(spec.head_dim)
         angles = np.arange(n_ctx, dtype=np.float64)[:, None] * step  # float64: see `reference`
         self._cos = torch.from_numpy((np.cos(angles) * scale).astype(np.float32)).to(device)
@@ -86,6 +88,10 @@ class Decoder:
         """One decoder layer."""
         hidden = self.add_attention(weights, hidden, self.mixed(weights, hidden))
         return self.add_ffn(weights, hidden, self.gated(weights, hidden))
+
+    def linear(self, weights: Weights, name: str, inputs: Tensor) -> Tensor:
+        """One of `STAGES`' matrices: (…, n_in) to (…, n_out)."""
+        return linear(weights, name, inputs)
 
     # The stages; each takes what the one before it gave.
 
@@ -99,9 +105,9 @@ class Decoder:
 
         spec = self.spec
         normed = self.attn_in(weights, hidden)
-        q = self._heads(linear(weights, "self_attn.q_proj", normed), spec.n_head)
-        k = self._heads(linear(weights, "self_attn.k_proj", normed), spec.n_head_kv)
-        v = self._heads(linear(weights, "self_attn.v_proj", normed), spec.n_head_kv)
+        q = self._heads(self.linear(weights, "self_attn.q_proj", normed), spec.n_head)
+        k = self._heads(self.linear(weights, "self_attn.k_proj", normed), spec.n_head_kv)
+        v = self._heads(self.linear(weights, "self_attn.v_proj", normed), spec.n_head_kv)
         mixed = scaled_dot_product_attention(
             self._rotate(q), self._rotate(k), v, is_causal=True, enable_gqa=spec.n_gqa > 1
         )
@@ -109,7 +115,7 @@ class Decoder:
 
     def add_attention(self, weights: Weights, hidden: Tensor, mixed: Tensor) -> Tensor:
         """The hidden state between attention and feed-forward."""
-        return hidden + linear(weights, "self_attn.o_proj", mixed)
+        return hidden + self.linear(weights, "self_attn.o_proj", mixed)
 
     def ffn_in(self, weights: Weights, hidden: Tensor) -> Tensor:
         """FFN_IN, what gate and up read; `hidden` is `add_attention`'s."""
@@ -120,16 +126,20 @@ class Decoder:
         from torch.nn.functional import silu
 
         normed = self.ffn_in(weights, hidden)
-        gate = silu(linear(weights, "mlp.gate_proj", normed))
-        return gate * linear(weights, "mlp.up_proj", normed)
+        gate = silu(self.linear(weights, "mlp.gate_proj", normed))
+        return gate * self.linear(weights, "mlp.up_proj", normed)
 
     def add_ffn(self, weights: Weights, hidden: Tensor, gated: Tensor) -> Tensor:
         """The layer's output."""
-        return hidden + linear(weights, "mlp.down_proj", gated)
+        return hidden + self.linear(weights, "mlp.down_proj", gated)
+
+    def output_in(self, norm: Tensor, hidden: Tensor) -> Tensor:
+        """What the head reads: the last layer's output, normalized."""
+        return rms_norm(hidden, norm, self.spec.rms_eps)
 
     def logits(self, norm: Tensor, head: Tensor, hidden: Tensor) -> Tensor:
         """Final norm and head: (windows, n_ctx, n_vocab)."""
-        return rms_norm(hidden, norm, self.spec.rms_eps) @ head.T
+        return self.output_in(norm, hidden) @ head.T
 
     def _heads(self, values: Tensor, n_head: int) -> Tensor:
         # (windows, n_ctx, heads · dim) → (windows, heads, n_ctx, dim)
