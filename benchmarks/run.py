@@ -21,6 +21,9 @@ MODULES = {
     "memory": "benchmarks.memory",
     "startup": "benchmarks.startup",
     "eval": "benchmarks.evaluation",
+    "calibration": "benchmarks.calibration",
+    "compensated": "benchmarks.compensated",
+    "tokenizer": "benchmarks.tokenizer",
 }
 BUSY = 0.05
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import re
 import sys
 from contextlib import suppress
@@ -27,6 +28,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     common.add_source(parser, "model", ".gguf, directory or hub id")
     parser.add_argument("-p", "--prompt", help="one message, answered on standard output")
     parser.add_argument("--system", help="the system message (default: the template's own)")
+    parser.add_argument(
+        "--special", action="store_true", help="control tokens' texts in messages become tokens"
+    )
     parser.add_argument("-n", "--n-predict", type=common.positive, metavar="N", help="per answer")
     parser.add_argument(
         "-c", "--ctx-size", type=common.positive, help=f"default: {DEFAULT_CTX} or the model's own"
@@ -56,7 +60,11 @@ def run(args: argparse.Namespace) -> int:
     engine = Source(model).engine(settings)
     try:
         session = ChatSession(
-            engine, system=args.system, max_tokens=args.n_predict, sampler=sampler
+            engine,
+            system=args.system,
+            max_tokens=args.n_predict,
+            sampler=sampler,
+            parse_special=args.special,
         )
         if args.prompt is not None:
             return _once(session, args.prompt, as_json=args.json)
@@ -94,6 +102,8 @@ def _converse(session: ChatSession) -> int:
     if interactive:
         with suppress(ImportError):
             import readline  # noqa: F401  (line editing and history for input())
+    elif isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="strict")  # a program's message is not changed silently
     while True:
         try:
             line = input("> " if interactive else "")
@@ -101,6 +111,11 @@ def _converse(session: ChatSession) -> int:
             if interactive:
                 print()
             return 0
+        except UnicodeDecodeError as error:
+            raise InputError(
+                f"standard input: a message is not UTF-8: {error.reason} "
+                f"(0x{error.object[error.start]:02X})"
+            ) from None
         except KeyboardInterrupt:  # at the prompt: drop the line, stay
             print()
             continue

@@ -24,6 +24,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     suffix = parser.add_mutually_exclusive_group()
     suffix.add_argument("--suffix-file", type=Path, metavar="G", help="what comes after the hole")
     suffix.add_argument("--suffix", help="or its text")
+    parser.add_argument(
+        "--special", action="store_true", help="control tokens' texts in the prompt become tokens"
+    )
     parser.add_argument("-n", "--n-predict", type=common.positive, default=128, metavar="N")
     parser.add_argument("-c", "--ctx-size", type=common.positive, help="default: what is needed")
     common.add_sampling(parser, temp=0.0)
@@ -39,9 +42,10 @@ def _read(path: Path) -> str:
             return path.read_bytes().decode("utf-8")
         if sys.stdin is None:
             raise InputError("standard input is closed; give a file")
-        return sys.stdin.read()
+        return sys.stdin.buffer.read().decode("utf-8")
     except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 text (byte {error.start})") from error
+        name = "standard input" if str(path) == "-" else path
+        raise InputError(f"{name}: not UTF-8 text (byte {error.start})") from error
     except OSError as error:
         raise InputError(f"{path}: cannot read it: {error.strerror}") from error
 
@@ -58,12 +62,20 @@ def run(args: argparse.Namespace) -> int:
     from dsq.tokenizer_port.tokenizer import Tokenizer
 
     source = Source(model)
-    n_prompt = len(completion_ids(Tokenizer.from_vocabulary(source.vocabulary), prefix, suffix))
+    tokenizer = Tokenizer.from_vocabulary(source.vocabulary)
+    n_prompt = len(completion_ids(tokenizer, prefix, suffix, parse_special=args.special))
     n_ctx = args.ctx_size or -(-(n_prompt + args.n_predict) // 256) * 256
     settings = EngineSettings(n_ctx, args.threads, common.gpu_layers(args))
     engine = source.engine(settings)
     try:
-        generation = complete(engine, prefix, suffix, max_tokens=args.n_predict, sampler=sampler)
+        generation = complete(
+            engine,
+            prefix,
+            suffix,
+            max_tokens=args.n_predict,
+            sampler=sampler,
+            parse_special=args.special,
+        )
         if not args.json:
             if suffix is None:
                 print(prefix, end="", flush=True)

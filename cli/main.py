@@ -18,12 +18,18 @@ from dsq.errors import DsqError, InputError
 
 VERBS: dict[str, str] = {
     "convert": "a Hugging Face checkpoint to GGUF, or a GGUF back to Hugging Face",
+    "calibrate": "statistics of calibration text: importance matrix, Hessians, gradients",
+    "imatrix": "llama.cpp's importance matrices: make, merge, show",
     "quantize": "to any of llama.cpp's types, from a GGUF or straight from a checkpoint",
     "eval": "perplexity, and the divergence from a reference",
     "inspect": "what is in a model file, and the memory it needs",
     "verify": "prove that an artifact is its source, and write a receipt",
+    "tokenize": "ids and pieces of a text, side by side",
+    "tokenizer": "check a tokenizer against llama.cpp's own",
+    "doctor": "find and mend what old conversions got wrong in a GGUF",
     "complete": "complete code: plain, or fill in the middle",
     "chat": "talk to an instruct model",
+    "report": "one page on what each quantized file cost",
 }
 
 USAGE = """\

@@ -16,6 +16,8 @@ class ChatSession:
     An answer that is interrupted (KeyboardInterrupt, or the loop over it is left) stays in the
     conversation as far as it came, and the session goes on. A message that cannot be answered at
     all, for example because the conversation no longer fits the context, is taken out again.
+
+    Control tokens' texts in messages are text, unless `parse_special`.
     """
 
     def __init__(
@@ -26,11 +28,13 @@ class ChatSession:
         max_tokens: int | None = None,
         sampler: SamplerSettings | None = None,
         stop_strings: tuple[str, ...] = (),
+        parse_special: bool = False,
     ) -> None:
         self._engine = engine
         self._max_tokens = max_tokens or engine.n_ctx
         self._sampler = sampler or SamplerSettings()
         self._stop_strings = stop_strings
+        self._parse_special = parse_special
         self._stop_ids = engine.tokenizer.stop_ids("chat")
         self.messages: list[dict[str, str]] = []
         if system is not None:
@@ -46,7 +50,9 @@ class ChatSession:
         try:
             generation = generate(
                 self._engine,
-                self._engine.tokenizer.chat(self.messages, add_generation_prompt=True),
+                self._engine.tokenizer.chat(
+                    self.messages, add_generation_prompt=True, parse_special=self._parse_special
+                ),
                 max_tokens=self._max_tokens,
                 stop_ids=self._stop_ids,
                 stop_strings=self._stop_strings,

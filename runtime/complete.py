@@ -11,11 +11,17 @@ from dsq.runtime.sampling import GREEDY, SamplerSettings
 from dsq.tokenizer_port.tokenizer import Tokenizer
 
 
-def completion_ids(tokenizer: Tokenizer, prefix: str, suffix: str | None = None) -> list[int]:
+def completion_ids(
+    tokenizer: Tokenizer,
+    prefix: str,
+    suffix: str | None = None,
+    *,
+    parse_special: bool = False,
+) -> list[int]:
     """The prompt's tokens. With a suffix (also an empty one): begin, prefix, hole, suffix, end."""
     if suffix is not None:
-        return tokenizer.fim(prefix, suffix)
-    ids = tokenizer.encode(prefix)
+        return tokenizer.fim(prefix, suffix, parse_special=parse_special)
+    ids = tokenizer.encode(prefix, parse_special=parse_special)
     if not ids:
         raise InputError("there is nothing to complete: the prefix is empty")
     return ids
@@ -30,15 +36,17 @@ def complete(
     stop_strings: Sequence[str] = (),
     sampler: SamplerSettings = GREEDY,
     reuse: bool = False,
+    parse_special: bool = False,
 ) -> Generation:
     """Complete `prefix`; with `suffix`, write what belongs between the two.
 
-    The prompt is plain text: nothing in it becomes a control token. Raises InputError when the
-    model has no fill-in-the-middle tokens, or the prompt does not fit the context.
+    The prompt is plain text: nothing in it becomes a control token, unless `parse_special`. Raises
+    InputError when the model has no fill-in-the-middle tokens, or the prompt does not fit the
+    context.
     """
     return generate(
         engine,
-        completion_ids(engine.tokenizer, prefix, suffix),
+        completion_ids(engine.tokenizer, prefix, suffix, parse_special=parse_special),
         max_tokens=max_tokens,
         stop_ids=engine.tokenizer.stop_ids("complete"),
         stop_strings=stop_strings,

@@ -1,9 +1,12 @@
-"""llama.cpp's tokenizer, read from a GGUF without its weights."""
+"""llama.cpp's own tokenizer, from the vocabulary of a GGUF: no weights are read."""
 
 from __future__ import annotations
 
 import ctypes
 import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import llama_cpp
@@ -11,12 +14,18 @@ import numpy as np
 
 from dsq.errors import DsqError, InputError
 from dsq.runtime import llama_log
+from dsq.tokenizer_port.vocabulary import Vocabulary
 
 _IDS = ctypes.POINTER(llama_cpp.llama_token)
 
 
 class LlamaVocab:
-    """Encodes as llama.cpp does. Raises InputError for a file that llama.cpp cannot read."""
+    """Encodes as llama.cpp does. Raises InputError for a file that llama.cpp cannot read.
+
+    Many pre-tokenizers run on std::regex, which takes about 300 bytes of stack for a character of
+    a match: a word of 30,000 letters ends the process on a stack of 8 MiB (see
+    `tokenizer_check.on_deep_stack`).
+    """
 
     def __init__(self, path: Path) -> None:
         self._model = None
@@ -51,3 +60,16 @@ class LlamaVocab:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+@contextmanager
+def llama_vocab(vocabulary: Vocabulary) -> Iterator[LlamaVocab]:
+    """llama.cpp reading the GGUF that dsq writes of a vocabulary: all its keys, no tensors."""
+    from dsq.convert.gguf.metadata import vocabulary_entries
+    from dsq.convert.gguf.writer import gguf_layout, write_gguf
+
+    with tempfile.TemporaryDirectory(prefix="dsq-") as directory:
+        path = Path(directory) / "vocabulary.gguf"
+        write_gguf(path, gguf_layout(vocabulary_entries(vocabulary), ()), ())
+        with LlamaVocab(path) as theirs:
+            yield theirs

@@ -22,3 +22,18 @@ def to_bytes(token: str) -> bytes:
         return bytes(CHAR_TO_BYTE[char] for char in token)
     except KeyError:
         return token.encode("utf-8", errors="replace")
+
+
+def printable(raw: bytes) -> str:
+    """The text of `raw`; each byte that belongs to no UTF-8 character in it becomes `<0xE4>`."""
+    found = ""
+    at = 0
+    while at < len(raw):
+        try:
+            return found + raw[at:].decode("utf-8")
+        except UnicodeDecodeError as error:
+            wrong = raw[at + error.start : at + error.end]
+            found += raw[at : at + error.start].decode("utf-8")
+            found += "".join(f"<0x{byte:02X}>" for byte in wrong)
+            at += error.end
+    return found

@@ -18,6 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from dsq.errors import InputError
+from dsq.tokenizer_port.json_file import brief
 
 if TYPE_CHECKING:
     from dsq.tokenizer_port.tokenizer import Tokenizer
@@ -81,16 +82,45 @@ def render_chat(
 
 
 def encode_chat(
-    tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any]
+    tokenizer: Tokenizer,
+    messages: Sequence[Mapping[str, Any]],
+    variables: Mapping[str, Any],
+    *,
+    parse_special: bool = False,
 ) -> list[int]:
-    """Token ids of the conversation, BOS only where the template writes one."""
+    """Token ids of the conversation, BOS only where the template writes one.
+
+    `parse_special`: the texts of control tokens become the tokens in messages, too.
+    """
+    _check(messages)
+    try:
+        if parse_special:
+            text = render_chat(tokenizer, messages, variables)
+            return tokenizer.encode(text, add_bos=False, parse_special=True)
+        return _masked(tokenizer, messages, variables)
+    except RecursionError:
+        raise InputError("messages: are nested too deeply; flatten them") from None
+
+
+def _check(messages: Any) -> None:
+    if isinstance(messages, str) or not isinstance(messages, Sequence):
+        raise InputError(f"messages: are {brief(messages)}; a list of objects is needed")
     for message in messages:
+        if not isinstance(message, Mapping):
+            raise InputError(
+                f"messages: one is {brief(message)}; an object is needed, with role and content"
+            )
         role = message.get("role")
         if not isinstance(role, str) or not _ROLE.fullmatch(role):
             raise InputError(
-                f"messages: role is {role!r}; a role is one word of letters, digits, _ and -, "
-                "such as system, user, assistant"
+                f"messages: role is {brief(role)}; a role is one word of letters, digits, _ and "
+                "-, such as system, user, assistant"
             )
+
+
+def _masked(
+    tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any]
+) -> list[int]:
     control = tokenizer.control_texts
     template = tokenizer.vocab.chat_template or ""
     mask = _Mask(control, "".join([template, *_strings([list(messages), dict(variables)])]))

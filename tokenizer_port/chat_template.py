@@ -12,9 +12,11 @@ import jinja2
 from jinja2.exceptions import SecurityError
 
 from dsq.errors import InputError
-from dsq.tokenizer_port.sandbox import MAX_SIZE, TemplateEnvironment, guarded, start_budget
+from dsq.tokenizer_port.budget import MAX_SIZE, start_budget
+from dsq.tokenizer_port.sandbox import MAX_WIDTH, TemplateEnvironment, guarded
 
-_MAX_TEMPLATE = 2**20
+_MAX_TEMPLATE = 128 * 2**10  # four times the longest published ones; compiling takes a second
+_MAX_MESSAGE = 500
 
 
 def render(
@@ -61,7 +63,8 @@ def render(
 
 
 def _line(error: Exception) -> str:
-    return " ".join(str(error).split())
+    text = " ".join(str(error)[: 2 * _MAX_MESSAGE].split())
+    return text if len(text) <= _MAX_MESSAGE else text[:_MAX_MESSAGE] + "…"
 
 
 class _Refused(Exception):
@@ -111,4 +114,6 @@ def _raise_exception(message: str) -> None:
 
 
 def _strftime_now(form: str) -> str:
+    if len(form) > MAX_WIDTH:
+        raise SecurityError(f"it formats a date with more than {MAX_WIDTH} characters")
     return datetime.datetime.now().strftime(form)

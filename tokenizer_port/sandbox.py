@@ -1,18 +1,16 @@
 """A jinja2 environment in which a hostile chat template can neither escape nor run away.
 
 Escapes (attribute walks, changing the caller's data) are jinja2's own sandbox's work. Running away
-is bounded here: every loop turn, call, filter and operator is counted against a budget of steps
-and seconds, and whatever could build a large value in one step is measured before it is done.
-Not measured: comparing two values that are each nested some thirty deep by sharing.
+is bounded here: every loop turn, call, filter and operator is counted against a `budget` of steps
+and seconds, and whatever could build a large value in one step, or walk through one (comparing,
+hashing), is measured before it is done.
 """
 
 from __future__ import annotations
 
 import functools
 import re
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextvars import ContextVar
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jinja2
@@ -22,88 +20,35 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.utils import Namespace
 
-MAX_STEPS = 1_000_000
-MAX_SECONDS = 5.0
-MAX_SIZE = 4 * 2**20  # characters or elements of one value, and of the whole output
-MAX_TOTAL = 64 * 2**20  # of all values together
+from dsq.tokenizer_port.budget import (
+    CONTAINERS,
+    ELEMENT,
+    bounded,
+    measure,
+    size,
+    spend,
+    spend_copy,
+    tick,
+)
+
 MAX_WIDTH = 100  # of an indent or a rounding
-
-
-class Budget:
-    """What one rendering may still use."""
-
-    def __init__(self) -> None:
-        self.steps = MAX_STEPS
-        self.size = MAX_TOTAL
-        self.deadline = time.monotonic() + MAX_SECONDS
-
-    def tick(self) -> None:
-        self.steps -= 1
-        if self.steps < 0:
-            raise SecurityError(f"it takes more than {MAX_STEPS} steps")
-        if time.monotonic() > self.deadline:
-            raise SecurityError(f"it takes more than {MAX_SECONDS:.0f} seconds")
-
-    def spend(self, size: int) -> None:
-        self.size -= size
-        if size > MAX_SIZE or self.size < 0:
-            raise SecurityError(f"it builds values larger than {MAX_SIZE}, or {MAX_TOTAL} in all")
-
-
-_BUDGET: ContextVar[Budget] = ContextVar("budget")
-
-
-def start_budget() -> None:
-    _BUDGET.set(Budget())
-
-
-def _tick() -> None:
-    _BUDGET.get().tick()
-
-
-def _spend(size: int) -> None:
-    _BUDGET.get().spend(size)
-
-
-def _size(value: Any) -> int:
-    """How long a value's text could be, counting shared parts as often as they would be written."""
-    total = 0
-    stack = [value]
-    while stack:
-        item = stack.pop()
-        total += len(item) if isinstance(item, (str, bytes)) else 8
-        if isinstance(item, int):
-            total += item.bit_length() // 3
-        elif isinstance(item, Mapping):
-            stack.extend(item.keys())
-            stack.extend(item.values())
-        elif isinstance(item, (list, tuple, set, frozenset)):
-            stack.extend(item)
-        if total > MAX_SIZE:
-            break
-    _spend(total)
-    return total
-
-
-def _bounded(iterable: Iterable[Any]) -> Iterator[Any]:
-    for item in iterable:
-        _tick()
-        yield item
+MAX_BITS = 1 << 16  # of a number: dividing larger ones takes seconds
 
 
 def _concat(values: list[Any]) -> str:
     """`a ~ b`"""
-    _tick()
-    _size(values)
+    tick()
+    size(values)
     return "".join(map(str, values))
 
 
 def _join(value: Iterable[Any], d: str = "", attribute: str | int | None = None) -> str:
-    items = list(_bounded(value))
+    items = _list(value)
     if attribute is not None:
         items = [_attribute(item, attribute) for item in items]
-    _spend(_size(items) + len(items) * len(str(d)))
+    spend(measure(items) + len(items) * len(str(d)))
     return str(d).join(map(str, items))
 
 
@@ -114,9 +59,53 @@ def _attribute(item: Any, attribute: str | int) -> Any:
         return ""
 
 
+def _list(value: Iterable[Any]) -> list[Any]:
+    items = list(bounded(value))
+    spend_copy(items)
+    return items
+
+
+def _dict(*args: Any, **kwargs: Any) -> dict[Any, Any]:
+    found = dict(*map(_ticking, args), **kwargs)
+    spend_copy(found)
+    return found
+
+
+def _namespace(*args: Any, **kwargs: Any) -> Namespace:
+    return Namespace(_dict(*args, **kwargs))
+
+
+def _ticking(value: Any) -> Any:
+    """What makes its elements one by one makes them step by step."""
+    lazy = isinstance(value, Iterable) and not hasattr(value, "__len__")
+    return bounded(value) if lazy or isinstance(value, range) else value
+
+
+def _built(value: Any) -> Any:
+    """`[a, b]`, `x[1:]`"""
+    tick()
+    spend_copy(value)
+    return value
+
+
+def _walked(value: Any) -> Any:
+    """What is compared or hashed."""
+    if isinstance(value, CONTAINERS):
+        tick()
+        measure(value)
+    return value
+
+
+def _joined_pieces(pieces: Iterable[str]) -> str:
+    """The text of a macro, a block, a captured `set`."""
+    found = list(pieces)
+    spend(sum(map(len, found)))
+    return "".join(found)
+
+
 def _replace(value: Any, old: Any, new: Any, count: int | None = None) -> str:
     text, old, new = str(value), str(old), str(new)
-    _spend(len(text) + text.count(old) * len(new))
+    spend(len(text) + text.count(old) * len(new))
     return text.replace(old, new) if count is None else text.replace(old, new, count)
 
 
@@ -140,9 +129,12 @@ _NO_FILTERS = (
 # Filters that build nothing from their input, so that it need not be measured.
 _LIGHT_FILTERS = frozenset(
     """
-    abs attr count d default first float int items last length map reject rejectattr reverse select
+    abs attr count d default first float int items last length list map reject rejectattr select
     selectattr
     """.split()
+)
+_COMPARING_TESTS = frozenset(
+    "eq == equalto ne != lt < lessthan le <= gt > greaterthan ge >= in".split()
 )
 
 
@@ -151,20 +143,27 @@ def guarded(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(function)  # keeps jinja2's marks (pass_environment and so on)
     def filtered(*args: Any, **kwargs: Any) -> Any:
-        _tick()
+        tick()
         if name in _LIGHT_FILTERS:
             return function(*args, **kwargs)
+        args = tuple(map(_ticking, args))
         values = [v for v in (*args, *kwargs.values()) if not isinstance(v, _JINJA_OWN)]
-        size = _size(values)
+        size(values)
         if name in ("indent", "round", "tojson") and any(map(_is_wide, values[1:])):
             raise SecurityError(f"{name} is given a width of more than {MAX_WIDTH}")
         if name == "indent":
-            _spend(MAX_WIDTH * str(values[0]).count("\n"))
-        elif name == "list":
-            _spend(16 * size)
+            spend(MAX_WIDTH * str(values[0]).count("\n"))
         return function(*args, **kwargs)
 
     return filtered
+
+
+def _comparing(test: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(test)
+    def tested(*args: Any) -> Any:
+        return test(*map(_walked, args))
+
+    return tested
 
 
 _JINJA_OWN = (jinja2.Environment, Context, nodes.EvalContext)
@@ -180,6 +179,7 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
     """As transformers sets it up (trim_blocks, lstrip_blocks, break and continue), bounded."""
 
     intercepted_binops = frozenset(("+", "*", "**", "%"))
+    concat = staticmethod(_joined_pieces)
 
     def __init__(self) -> None:
         super().__init__(
@@ -191,10 +191,15 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
         )
         for name in _NO_FILTERS:
             self.filters.pop(name, None)
-        self.filters.update(join=_join, replace=_replace)
+        self.filters.update(join=_join, list=_list, replace=_replace)
         self.filters = {name: guarded(name, filter_) for name, filter_ in self.filters.items()}
-        self.filters.update(dsq_bounded=_bounded, dsq_concat=_concat)
+        self.filters.update(
+            dsq_bounded=bounded, dsq_concat=_concat, dsq_built=_built, dsq_walked=_walked
+        )
+        tests: dict[str, Any] = self.tests
+        tests.update({name: _comparing(tests[name]) for name in _COMPARING_TESTS})
         self.globals.pop("lipsum", None)
+        self.globals.update(dict=_dict, namespace=_namespace)
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
         template = Parser(self, source, name, filename).parse()
@@ -202,7 +207,7 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
         return template.set_environment(self)  # type: ignore[return-value]
 
     def getattr(self, obj: Any, attribute: str) -> Any:
-        _tick()
+        tick()
         if isinstance(obj, (int, float, bytes)):
             return self.undefined(obj=obj, name=attribute)
         if isinstance(obj, str) and attribute not in _STR_METHODS and hasattr(obj, attribute):
@@ -210,13 +215,14 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
         return super().getattr(obj, attribute)
 
     def getitem(self, obj: Any, argument: Any) -> Any:
-        _tick()
+        tick()
+        _walked(argument)
         if isinstance(obj, (str, int, float, bytes)) and isinstance(argument, str):
             return self.getattr(obj, argument)
         return super().getitem(obj, argument)
 
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
-        _tick()
+        tick()
         owner = getattr(__obj, "__self__", None)
         if isinstance(owner, str):
             name = __obj.__name__
@@ -224,7 +230,14 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
                 return _join(args[0], owner)
             if name == "replace" and len(args) >= 2:
                 return _replace(owner, *args)
-            _spend(len(owner) * (16 if "split" in name else 1))
+            spend(len(owner) * (16 if "split" in name else 1))
+        elif isinstance(owner, CONTAINERS):
+            if __obj.__name__ == "copy":
+                spend_copy(owner)
+            elif __obj.__name__ in ("count", "index"):
+                measure(owner)
+        for value in (*args, *kwargs.values()):
+            _walked(value)
         return super().call(__context, __obj, *args, **kwargs)
 
     def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
@@ -236,19 +249,20 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
         def format_(*args: Any, **kwargs: Any) -> str:
             if _WIDE_FORMAT.search(text):
                 raise SecurityError(f"it formats with a width of more than {MAX_WIDTH}")
-            _spend(len(text) + text.count("{") * _size([*args, *kwargs.values()]))
+            spend(len(text) + text.count("{") * size([*args, *kwargs.values()]))
             return wrapped(*args, **kwargs)
 
         return format_
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
-        _tick()
+        tick()
         if operator == "+" and isinstance(left, (str, list, tuple)) and hasattr(right, "__len__"):
-            _spend(len(left) + len(right))
+            spend_copy(left)
+            spend_copy(right)
         elif operator == "%" and isinstance(left, str):
             if _WIDE_PERCENT.search(left):
                 raise SecurityError(f"it formats with a width of more than {MAX_WIDTH}")
-            _spend(len(left) + left.count("%") * _size(right))
+            spend(len(left) + left.count("%") * size(right))
         elif operator == "*":
             _check_product(left, right)
         elif operator == "**" and not (abs(left) <= 1000 and abs(right) <= 1000):
@@ -259,40 +273,54 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
 def _check_product(left: Any, right: Any) -> None:
     for sequence, count in ((left, right), (right, left)):
         if isinstance(sequence, (str, bytes, list, tuple)) and isinstance(count, int):
-            _spend(len(sequence) * max(count, 0))
+            element = 1 if isinstance(sequence, (str, bytes)) else ELEMENT
+            spend(element * len(sequence) * max(count, 0))
     if isinstance(left, int) and isinstance(right, int):
-        _spend(left.bit_length() + right.bit_length())
+        bits = left.bit_length() + right.bit_length()
+        if bits > MAX_BITS:
+            raise SecurityError(f"it multiplies to a number of more than {MAX_BITS} bits")
 
 
 @jinja2.pass_context  # a context function is not called at compile time
 def _finalize(context: Context, value: Any) -> Any:
-    _size(value)
+    size(value)
     return value
 
 
-def _instrument(template: nodes.Template) -> None:
-    """Count the turns of every loop, and measure every `~`."""
-    for loop in list(template.find_all(nodes.For)):
-        loop.iter = nodes.Filter(loop.iter, "dsq_bounded", [], [], None, None, lineno=loop.lineno)
-    _replace_concats(template)
-
-
-def _replace_concats(node: nodes.Node) -> None:
-    for field, value in node.iter_fields():
+def _instrument(node: nodes.Node) -> None:
+    """Put what counts and measures around every expression that needs it, from the inside out."""
+    for field, value in list(node.iter_fields()):
         if isinstance(value, list):
             for i, item in enumerate(value):
                 if isinstance(item, nodes.Node):
-                    value[i] = _without_concat(item)
+                    value[i] = _instrumented(item)
         elif isinstance(value, nodes.Node):
-            setattr(node, field, _without_concat(value))
+            setattr(node, field, _instrumented(value))
+    if isinstance(node, nodes.For):
+        node.iter = _filter("dsq_bounded", node.iter)
+    elif isinstance(node, (nodes.Compare, nodes.Operand)):
+        node.expr = _walked_node(node.expr)
+    elif isinstance(node, nodes.Pair):
+        node.key = _walked_node(node.key)
 
 
-def _without_concat(node: nodes.Node) -> nodes.Node:
-    _replace_concats(node)
+def _instrumented(node: nodes.Node) -> nodes.Node:
+    _instrument(node)
     if isinstance(node, nodes.Concat):
-        values = nodes.List(node.nodes, lineno=node.lineno)
-        return nodes.Filter(values, "dsq_concat", [], [], None, None, lineno=node.lineno)
-    return node
+        return _filter("dsq_concat", nodes.List(node.nodes, lineno=node.lineno))
+    copies = isinstance(node, nodes.Getitem) and isinstance(node.arg, nodes.Slice)
+    literal = isinstance(node, (nodes.List, nodes.Dict)) or (
+        isinstance(node, nodes.Tuple) and node.ctx == "load"
+    )
+    return _filter("dsq_built", node) if copies or literal else node
+
+
+def _walked_node(node: nodes.Expr) -> nodes.Expr:
+    return node if isinstance(node, nodes.Const) else _filter("dsq_walked", node)
+
+
+def _filter(name: str, node: nodes.Node) -> nodes.Filter:
+    return nodes.Filter(node, name, [], [], None, None, lineno=node.lineno)
 
 
 class _Generation(Extension):

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import codecs
-import copy
-import json
+import operator
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from dsq.errors import InputError
 from dsq.tokenizer_port import special
-from dsq.tokenizer_port.bytelevel import to_bytes
+from dsq.tokenizer_port.bytelevel import printable, to_bytes
 from dsq.tokenizer_port.chat import ControlTexts, encode_chat
+from dsq.tokenizer_port.encoder import Encoder
+from dsq.tokenizer_port.json_file import brief
 from dsq.tokenizer_port.to_hf import tokenizer_json
 from dsq.tokenizer_port.vocabulary import TokenType, Vocabulary
-
-if TYPE_CHECKING:
-    import tokenizers
 
 _CONTROL = (TokenType.CONTROL, TokenType.UNKNOWN)
 
@@ -28,6 +26,11 @@ class Tokenizer:
     Nothing a user types becomes a control token unless `parse_special` asks for it, and BOS stands
     at the front exactly once. Decoding goes by the bytes of the tokens, so that DeepSeek's letter
     tokens (`ü` is one) come back as the letters, which HF's decoder prints as U+FFFD.
+
+    `decode(encode(text), skip_special=False)` is the text (and a BOS before it), for every str
+    without lone surrogates, where the vocabulary has a token for each of the 243 bytes that UTF-8
+    uses. A byte without one becomes the unknown token if the vocabulary has one, and is left out
+    if not, as HF and llama.cpp leave it out.
     """
 
     def __init__(self, vocab: Vocabulary, definition: Mapping[str, Any]) -> None:
@@ -50,38 +53,72 @@ class Tokenizer:
     ) -> list[int]:
         """Token ids; `add_bos` None does as the model wants.
 
-        `parse_special` makes control tokens of their texts, as HF's tokenizer always does.
+        `parse_special` makes control tokens of their texts, as HF's tokenizer always does; a BOS
+        that the text begins with is not doubled then.
         """
-        ids = self._encode(self._special if parse_special else self._plain, text)
-        return self._with_bos(ids, self.vocab.add_bos if add_bos is None else add_bos)
+        ids = self._encoder(parse_special).encode(_checked(text))
+        return self._with_bos(ids, add_bos)
 
-    def fim(self, prefix: str, suffix: str) -> list[int]:
-        """[BOS] begin-marker, prefix, hole-marker, suffix, end-marker: the middle is to follow."""
+    def encode_batch(
+        self,
+        texts: Sequence[str],
+        *,
+        add_bos: bool | None = None,
+        parse_special: bool = False,
+    ) -> list[list[int]]:
+        """`encode` of each text, faster."""
+        if isinstance(texts, str) or not isinstance(texts, Iterable):
+            raise InputError(f"texts: is {brief(texts)}; give a list of them")
+        found = self._encoder(parse_special).encode_batch([_checked(text) for text in texts])
+        return [self._with_bos(ids, add_bos) for ids in found]
+
+    def fim(
+        self,
+        prefix: str,
+        suffix: str,
+        *,
+        add_bos: bool | None = None,
+        parse_special: bool = False,
+    ) -> list[int]:
+        """[BOS] begin-marker, prefix, hole-marker, suffix, end-marker: the middle is to follow.
+
+        A BOS at the front of a `parse_special` prefix is moved before the marker.
+        """
         v = self.vocab
         if v.fim_prefix is None or v.fim_suffix is None or v.fim_middle is None:
             raise InputError(
                 "this model has no fill-in-the-middle tokens; complete from the prefix alone, or "
                 "use a model trained for it (DeepSeek Coder base)"
             )
-        ids = [v.fim_prefix, *self.encode(prefix, add_bos=False)]
-        ids += [v.fim_suffix, *self.encode(suffix, add_bos=False), v.fim_middle]
-        return self._with_bos(ids, v.add_bos)
+        before, after = (
+            self.encode(text, add_bos=False, parse_special=parse_special)
+            for text in (prefix, suffix)
+        )
+        written = v.bos is not None and before[:1] == [v.bos]
+        ids = [v.fim_prefix, *before[written:], v.fim_suffix, *after, v.fim_middle]
+        return self._with_bos(ids, True if written else add_bos)
 
     def chat(
         self,
         messages: Sequence[Mapping[str, Any]],
         *,
         add_generation_prompt: bool = True,
+        add_bos: bool | None = None,
+        parse_special: bool = False,
         **variables: Any,
     ) -> list[int]:
         """The conversation in the model's own template; see `chat.encode_chat` for what is safe.
 
-        `variables` (tools, documents, ...) are handed to the template.
+        `variables` (tools, documents, ...) are handed to the template. BOS is added where the
+        template writes none. `parse_special` lets control tokens in the messages through.
         """
         ids = encode_chat(
-            self, messages, {**variables, "add_generation_prompt": add_generation_prompt}
+            self,
+            messages,
+            {**variables, "add_generation_prompt": add_generation_prompt},
+            parse_special=parse_special,
         )
-        return self._with_bos(ids, self.vocab.add_bos)
+        return ids if self.vocab.bos in ids else self._with_bos(ids, add_bos)
 
     def stop_ids(self, mode: Literal["complete", "chat"]) -> frozenset[int]:
         """The tokens that end generation.
@@ -104,12 +141,18 @@ class Tokenizer:
 
     def token_bytes(self, token: int) -> bytes:
         """What a token stands for: its bytes, or an added token's text in UTF-8."""
-        if not 0 <= token < len(self.vocab.tokens):
-            raise InputError(f"token id {token}: ids go from 0 to {len(self.vocab.tokens) - 1}")
-        return self._bytes[token]
+        return self._bytes[self._id(token)]
+
+    def piece(self, token: int) -> str:
+        """A token's text; a byte that makes no character within the token is `<0xE4>`."""
+        return printable(self.token_bytes(token))
 
     def decode_bytes(self, ids: Iterable[int], *, skip_special: bool = True) -> bytes:
-        return b"".join(self._piece(token, skip_special) for token in ids)
+        if not isinstance(ids, Iterable):
+            raise InputError(f"token ids: are {brief(ids)}; a list of whole numbers is needed")
+        silent = self._silent if skip_special else frozenset()
+        numbers = map(self._id, ids)
+        return b"".join(self._bytes[token] for token in numbers if token not in silent)
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
         """The text; bytes that are no UTF-8 become U+FFFD."""
@@ -145,15 +188,26 @@ class Tokenizer:
     def _silent(self) -> frozenset[int]:
         return frozenset(self.vocab.ids_of_type(*_CONTROL, TokenType.UNUSED))
 
-    def _piece(self, token: int, skip_special: bool) -> bytes:
-        return b"" if skip_special and token in self._silent else self.token_bytes(token)
+    def _id(self, token: int) -> int:
+        try:
+            number = operator.index(token)
+        except TypeError:
+            number = -1
+        if not 0 <= number < len(self.vocab.tokens):
+            raise InputError(
+                f"token id {brief(token)}: ids go from 0 to {len(self.vocab.tokens) - 1}"
+            )
+        return number
+
+    def _encoder(self, parse_special: bool) -> Encoder:
+        return self._special if parse_special else self._plain
 
     @cached_property
-    def _special(self) -> tokenizers.Tokenizer:
-        return _build(self._definition)
+    def _special(self) -> Encoder:
+        return Encoder(self._definition)
 
     @cached_property
-    def _plain(self) -> tokenizers.Tokenizer:
+    def _plain(self) -> Encoder:
         """The same tokenizer without its control tokens."""
         control = self.control_texts.ids
         definition = {**self._definition, "model": {**self._definition["model"]}}
@@ -175,23 +229,11 @@ class Tokenizer:
         if unknown is not None and unknown not in definition["model"]["vocab"]:
             definition["model"]["unk_token"] = None
         definition["post_processor"] = None
-        return _build(definition)
+        return Encoder(definition)
 
-    def _encode(self, tokenizer: tokenizers.Tokenizer, text: str) -> list[int]:
-        try:
-            ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
-        except (UnicodeEncodeError, TypeError) as error:
-            raise InputError(
-                f"text cannot be encoded: {error}; it must be valid Unicode without surrogates"
-            ) from error
-        except BaseException as error:
-            if not _is_theirs(error):
-                raise
-            raise _refusal(error, "encode with it") from error
-        return ids
-
-    def _with_bos(self, ids: list[int], wanted: bool) -> list[int]:
+    def _with_bos(self, ids: list[int], wanted: bool | None) -> list[int]:
         bos = self.vocab.bos
+        wanted = self.vocab.add_bos if wanted is None else wanted
         if wanted and bos is not None and ids[:1] != [bos]:
             return [bos, *ids]
         return ids
@@ -214,26 +256,14 @@ class StreamDecoder:
         return self._decoder.decode(b"", final=True)
 
 
-def _build(definition: Mapping[str, Any]) -> tokenizers.Tokenizer:
-    import tokenizers
-
-    model = {**copy.copy(definition["model"]), "dropout": None}  # dropout is for training
-    text = json.dumps({**definition, "model": model}, ensure_ascii=False)
+def _checked(text: Any) -> str:
+    if not isinstance(text, str):
+        raise InputError(f"text: is {brief(text)}; a str is needed")
     try:
-        return tokenizers.Tokenizer.from_str(text)
-    except BaseException as error:
-        if not _is_theirs(error):
-            raise
-        raise _refusal(error, "build it") from error
-
-
-def _is_theirs(error: BaseException) -> bool:
-    """`tokenizers` raises bare Exception, or panics, which is no Exception at all."""
-    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
-
-
-def _refusal(error: BaseException, what: str) -> InputError:
-    return InputError(
-        f"tokenizer.json: the tokenizers library cannot {what}: {' '.join(str(error).split())}; "
-        "the vocabulary and the merges do not fit together: convert again"
-    )
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"text: character {error.start} is a lone surrogate (U+{ord(text[error.start]):04X}), "
+            "which UTF-8 cannot hold; remove it"
+        ) from None
+    return text

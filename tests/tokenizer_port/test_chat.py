@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import subprocess
+import sys
 from typing import Any
 
 import jinja2
@@ -13,6 +16,7 @@ from dsq.tokenizer_port.chat import render_chat
 from dsq.tokenizer_port.chat_template import render
 from dsq.tokenizer_port.tokenizer import Tokenizer
 from dsq.tokenizer_port.vocabulary import TokenType, Vocabulary
+from tests.models import ROOT
 
 from .conftest import BOS, EOT, TEMPLATE
 
@@ -49,15 +53,112 @@ def test_like_transformers_on_plain_text(
     assert tok.chat(messages, add_generation_prompt=prompt) == whole.encode(text).ids
 
 
-@pytest.mark.torch
-def test_like_transformers_itself(tok: Tokenizer) -> None:
-    from transformers.utils.chat_template_utils import render_jinja_template
+# The ways in which published templates of the family and its neighbours are written.
+TEMPLATES = {
+    "one line": "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}"
+    "{{ 'User: ' + m['content'] + '\\n\\n' }}{% elif m['role'] == 'assistant' %}"
+    "{{ 'Assistant: ' + m['content'] + eos_token }}{% elif m['role'] == 'system' %}"
+    "{{ m['content'] + '\\n\\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}",
+    "lines": TEMPLATE,
+    # DeepSeek Coder's own: a default system text, white space control here and there.
+    "looks for a system message": """\
+{% if not add_generation_prompt is defined %}
+{% set add_generation_prompt = false %}
+{% endif %}
+{%- set ns = namespace(found=false) -%}
+{%- for message in messages -%}
+    {%- if message['role'] == 'system' -%}
+        {%- set ns.found = true -%}
+    {%- endif -%}
+{%- endfor -%}
+{{bos_token}}{%- if not ns.found -%}
+{{'You write programs.\\n'}}
+{%- endif %}
+{%- for message in messages %}
+    {%- if message['role'] == 'system' %}
+{{ message['content'] }}
+    {%- else %}
+        {%- if message['role'] == 'user' %}
+{{'### Instruction:\\n' + message['content'] + '\\n'}}
+        {%- else %}
+{{'### Response:\\n' + message['content'] + '\\n<|EOT|>\\n'}}
+        {%- endif %}
+    {%- endif %}
+{%- endfor %}
+{% if add_generation_prompt %}
+{{'### Response:'}}
+{% endif %}""",
+    "slices and loops": "{{ bos_token }}{% if messages[0].role == 'system' %}"
+    "{{ messages[0].content | trim }}{% set rest = messages[1:] %}{% else %}"
+    "{% set rest = messages %}{% endif %}{% for m in rest %}"
+    "{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('roles must alternate') }}{% endif %}"
+    "{{ '<|User|>' if m.role == 'user' else '<|Assistant|>' }}{{ m.content }}"
+    "{% if not loop.last or m.role != 'user' %}{{ eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt and messages[-1]['role'] == 'user' %}<|Assistant|>{% endif %}",
+    "no BOS, a macro": "{% macro turn(role, text) %}<|{{ role }}|>\n{{ text.strip() }}<|EOT|>\n"
+    "{% endmacro %}{% for m in messages %}{{ turn(m['role'] | capitalize, m['content']) }}"
+    "{% endfor %}{% if add_generation_prompt %}<|Assistant|>\n{% endif %}",
+}
+CODE = "```python\ndef f(x):\n\t{{ x }} {% if %}  # ü\r\n```"
+CONVERSATIONS = {
+    "one question": talk("Hi"),
+    "system": [{"role": "system", "content": "Be brief. "}, *talk("Hi")],
+    "several turns": talk("one", "two ", "\nthree", "four", "five"),
+    "ends with an answer": talk("one", "two"),
+    "Chinese": [
+        {"role": "system", "content": "你是助手。"},
+        *talk("写一个快速排序", "好的。", "谢谢！"),
+    ],
+    "code": talk(CODE, CODE, f"What does {CODE} do?"),
+    "white space": talk("  ü \n\n", " spaced ", "> quote <b>"),
+    "empty": talk("", "x", ""),
+    "marks": talk("🙂👩\u200d💻 e\u0301 \u2028\u0085 \x00\x7f"),
+}
 
-    for messages in PLAIN:
-        (text,), _ = render_jinja_template(
-            [messages], chat_template=TEMPLATE, add_generation_prompt=True, bos_token=BOS
+
+@pytest.mark.torch
+@pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES)
+def test_like_transformers_itself(vocab: Vocabulary, template: str) -> None:
+    from transformers import PreTrainedTokenizerFast
+
+    # What the user types holds no control token here: those transformers lets through.
+    theirs = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizers.Tokenizer.from_str(vocab.tokenizer_json or ""),
+        bos_token=BOS,
+        eos_token=EOT,
+        chat_template=template,
+    )
+    ours = Tokenizer.from_vocabulary(dataclasses.replace(vocab, chat_template=template))
+    for name, messages in CONVERSATIONS.items():
+        for prompt in (True, False):
+            how = {"conversation": messages, "add_generation_prompt": prompt}
+            text = theirs.apply_chat_template(**how, tokenize=False)
+            assert render_chat(ours, messages, {"add_generation_prompt": prompt}) == text, name
+            ids = theirs.apply_chat_template(**how, tokenize=True, return_dict=False)
+            if not text.startswith(BOS):
+                ids = [vocab.bos, *ids]
+            assert ours.chat(messages, add_generation_prompt=prompt) == ids, name
+
+
+@pytest.mark.torch
+def test_with_control_tokens_let_through_as_transformers_does(vocab: Vocabulary) -> None:
+    from transformers import PreTrainedTokenizerFast
+
+    theirs = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizers.Tokenizer.from_str(vocab.tokenizer_json or ""),
+        bos_token=BOS,
+        eos_token=EOT,
+        chat_template=TEMPLATE,
+    )
+    ours = Tokenizer.from_vocabulary(vocab)
+    for messages in (talk(f"a {EOT} b"), talk(f"{BOS}x", f" {EOT} ", "<｜fim▁begin｜>")):
+        ids = theirs.apply_chat_template(
+            messages, add_generation_prompt=True, tokenize=True, return_dict=False
         )
-        assert render_chat(tok, messages, {}) == text
+        assert ours.chat(messages, parse_special=True) == ids
+        assert ours.chat(messages) != ids
 
 
 @pytest.mark.parametrize(
@@ -116,16 +217,24 @@ def test_tools_are_masked_too(vocab: Vocabulary) -> None:
 
 
 def test_bos_exactly_once(vocab: Vocabulary) -> None:
-    for template in (TEMPLATE, TEMPLATE.removeprefix("{{ bos_token }}")):
+    bare = TEMPLATE.removeprefix("{{ bos_token }}")
+    for template in (TEMPLATE, bare, "\n " + TEMPLATE, BOS + bare):
         tok = Tokenizer.from_vocabulary(dataclasses.replace(vocab, chat_template=template))
         ids = tok.chat(talk("x"))
-        assert ids[0] == vocab.bos
         assert ids.count(vocab.bos or 0) == 1
+        assert tok.decode(ids, skip_special=False).strip().startswith(BOS)
+        assert tok.chat(talk("x"), parse_special=True) == ids
+        assert tok.chat(talk("x"), add_bos=False).count(vocab.bos or 0) == (template != bare)
+        # Also where the caller writes one, be it let through.
+        assert tok.chat(talk(BOS)).count(vocab.bos or 0) == 1
+    echo = dataclasses.replace(vocab, chat_template="{{ messages[0].content }}")
+    ids = Tokenizer.from_vocabulary(echo).chat(talk(f"{BOS}x"), parse_special=True)
+    assert ids.count(vocab.bos or 0) == 1
+    without = dataclasses.replace(vocab, chat_template=bare, add_bos=False)
+    assert vocab.bos not in Tokenizer.from_vocabulary(without).chat(talk("x"))
 
 
 def test_white_space_that_a_marker_swallows(vocab: Vocabulary) -> None:
-    import json
-
     definition = json.loads(vocab.tokenizer_json or "")
     for entry in definition["added_tokens"]:
         if entry["content"] == EOT:
@@ -143,6 +252,23 @@ def test_errors(tok: Tokenizer) -> None:
         tok.chat([{"role": "a b", "content": ""}])
     with pytest.raises(InputError, match="role is None"):
         tok.chat([{"content": ""}])
+    for messages, message in (
+        (None, "are None; a list of objects"),
+        ("hi", "are 'hi'; a list of objects"),
+        (3, "are 3; a list of objects"),
+        (["hi"], "one is 'hi'; an object is needed"),
+        ([None], "one is None; an object is needed"),
+        ([{"role": 3}], "role is 3"),
+        (talk("a\ud800"), "lone surrogate"),
+    ):
+        with pytest.raises(InputError, match=message):
+            tok.chat(messages)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="chat_template: failed on these messages: TypeError"):
+        tok.chat([{"role": "user", "content": None}])
+    endless: list[Any] = []
+    endless.append(endless)
+    with pytest.raises(InputError, match="nested too deeply"):
+        tok.chat([{"role": "user", "content": endless}])
     without = dataclasses.replace(tok.vocab, chat_template=None)
     with pytest.raises(InputError, match="no chat template"):
         Tokenizer.from_vocabulary(without).chat(talk("x"))
@@ -196,6 +322,19 @@ def test_what_templates_use(template: str, text: str) -> None:
     assert out(template, thing="yes") == text
 
 
+HOARD = (
+    "{%% set n = namespace(x=[]) %%}{%% for i in range(99999) %%}{%% set n.x = [n.x, %s] %%}"
+    "{%% endfor %%}"
+)
+LETTERS = "A" * 50000 + "{{ '' }}" + "B" * 50000
+NESTED = (
+    "{% set n = namespace(x=(1,), y=(1,)) %}{% for i in range(40) %}{% set n.x = (n.x, n.x) %}"
+    "{% set n.y = (n.y, n.y) %}{% endfor %}"
+)
+DEEP = (
+    "{% set n = namespace(x=1) %}{% for i in range(2) %}{% for j in range(90000) %}"
+    "{% set n.x = (n.x,) %}{% endfor %}{% endfor %}"
+)
 BOMBS = {
     "long range": "{% for i in range(10**9) %}{% endfor %}",
     "nested loops": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}"
@@ -231,6 +370,32 @@ BOMBS = {
     "much output": "{% for i in range(90000) %}{{ 'a' * 1000 }}{% endfor %}",
     "lipsum": "{{ lipsum(n=10**9) }}",
     "deep syntax": "{{" + "(" * 3000 + ")" * 3000 + "}}",
+    "long template": "a" * 10_000_000,
+    "long template, code": "{{ a }}" * 1_500_000,
+    "list of a range": HOARD % "range(99999) | list",
+    "list of a lazy filter": HOARD % "range(9999) | map('string') | list",
+    "sorted range": HOARD % "range(99999) | sort",
+    "slices": "{% set s = 'a' * 4000000 %}" + HOARD % "s[1:]",
+    "reversed": "{% set s = 'a' * 4000000 %}" + HOARD % "s | reverse",
+    "copies": "{% set s = [1] * 400000 %}" + HOARD % "s.copy()",
+    "copies by dict": "{% set d = dict(range(9999) | map('string') | zip) %}" + HOARD % "dict(d)",
+    "long literal": HOARD % ("[" + "1," * 20000 + "]"),
+    "long block": "{% set n = namespace(x=[]) %}{% for i in range(99999) %}{% set c %}"
+    + LETTERS
+    + "{% endset %}{% set n.x = [n.x, c] %}{% endfor %}",
+    "long macro": "{% macro f() %}" + LETTERS + "{% endmacro %}" + HOARD % "f()",
+    "compares nested": NESTED + "{{ n.x == n.y }}",
+    "looks for nested": NESTED + "{{ n.x in [n.y] }}",
+    "compares nested by a test": NESTED + "{{ n.x is eq(n.y) }}",
+    "selects nested": NESTED + "{{ [n.x] | select('eq', n.y) | list }}",
+    "counts nested": NESTED + "{{ [n.x].count(n.y) }}",
+    "hashes nested": NESTED + "{{ {n.x: 1} }}",
+    "finds nested": NESTED + "{{ {}[n.x] }}",
+    "gets nested": NESTED + "{{ {}.get(n.x) }}",
+    "hashes deep": DEEP + "{{ {n.x: 1} }}",
+    "large numbers": "{% set n = namespace(x=7) %}{% for i in range(40) %}{% set n.x = n.x * n.x %}"
+    "{% endfor %}{{ n.x // 3 }}",
+    "long date": "{{ strftime_now('%c' * 100000) }}",
 }
 ESCAPES = {
     "class of a string": "{{ ''.__class__.__mro__ }}",
@@ -246,21 +411,51 @@ ESCAPES = {
 }
 
 
-@pytest.mark.parametrize("template", [*BOMBS.values(), *ESCAPES.values()], ids=[*BOMBS, *ESCAPES])
-def test_hostile_templates_are_stopped(template: str) -> None:
+def stopped(template: str) -> str:
     with pytest.raises(InputError, match=r"^chat_template: ") as caught:
         out(template)
-    assert "\n" not in str(caught.value)
-    # Stopped before it grew, neither by the allocator nor by the clock.
-    assert "memory" not in str(caught.value)
-    assert "seconds" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("template", ESCAPES.values(), ids=ESCAPES)
+def test_no_template_escapes(template: str) -> None:
+    assert "\n" not in stopped(template)
+
+
+# In a process of its own, for what would crash this one, or take its memory.
+IN_512_MIB = """
+import json, resource, sys
+resource.setrlimit(resource.RLIMIT_AS, (2**29, 2**29))
+from dsq.tokenizer_port import budget
+budget.MAX_SECONDS = 600.0  # the other bounds come first, on a slow machine too
+from tests.tokenizer_port.test_chat import BOMBS, stopped
+for name in BOMBS:
+    print(json.dumps([name, stopped(BOMBS[name])]), flush=True)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_AS")
+def test_hostile_templates_are_stopped_before_they_grow() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", IN_512_MIB],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=300,  # were one not stopped
+    )
+    stops = dict(map(json.loads, done.stdout.splitlines()))
+    assert [*stops] == [*BOMBS], f"the last but one ended it: {done.stderr[-300:]}"
+    for name, message in stops.items():
+        assert "memory" not in message, name
+        assert "\n" not in message, name
+        assert len(message) < 1000, name
 
 
 def test_time_is_limited(monkeypatch: pytest.MonkeyPatch) -> None:
-    from dsq.tokenizer_port import sandbox
+    from dsq.tokenizer_port import budget
 
-    monkeypatch.setattr(sandbox, "MAX_SECONDS", 0.05)
-    monkeypatch.setattr(sandbox, "MAX_STEPS", 10**12)
+    monkeypatch.setattr(budget, "MAX_SECONDS", 0.05)
+    monkeypatch.setattr(budget, "MAX_STEPS", 10**12)
     with pytest.raises(InputError, match="more than 0 seconds"):
         out(BOMBS["nested loops"])
 
@@ -272,6 +467,9 @@ def test_a_long_conversation_is_no_bomb() -> None:
 
 
 def test_a_refusal_is_the_templates_own_words() -> None:
+    with pytest.raises(InputError, match="…$") as caught:
+        out("{{ raise_exception('a' * 4000000) }}")
+    assert len(str(caught.value)) < 1000
     with pytest.raises(InputError, match="refuses these messages: Roles must alternate"):
         out("{{ raise_exception('Roles must\nalternate') }}")
     with pytest.raises(InputError, match="TemplateSyntaxError"):

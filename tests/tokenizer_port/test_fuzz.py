@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -83,7 +84,11 @@ def changed_at_random(data: st.DataObject, value: Any) -> Any:
 def use(vocab: Vocabulary) -> None:
     """What is read without complaint can be used, or the use is refused in one line."""
     tokenizer = Tokenizer.from_vocabulary(vocab)
-    tokenizer.decode(tokenizer.encode(f"def f():\n\treturn 'ü' {EOT}", parse_special=True))
+    text = f"def f():\n\treturn 'ü' {EOT}"
+    for special in (False, True):
+        ids = tokenizer.encode(text, parse_special=special)
+        assert tokenizer.encode_batch([text], parse_special=special) == [ids]
+        tokenizer.decode(ids)
     tokenizer.fim("a", "b")
     tokenizer.chat([{"role": "user", "content": "Hi"}])
     hf_files(vocab, 4096)
@@ -187,3 +192,29 @@ def test_any_tokenizer_json_in_a_gguf(files: dict[str, Any], vocab: Vocabulary, 
     entries["tokenizer.huggingface.json"] = json.dumps(changed)
     with only_our_errors():
         use(vocabulary_from_gguf(entries))
+
+
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'system' or m.content is mapping %}"
+    "{{ m['content'] | tojson }}{% else %}{{ m['role'] + ': ' + m['content'] | trim }}{% endif %}"
+    "{{ eos_token }}{% endfor %}{% if tools %}{{ tools | tojson(indent=2) }}{% endif %}"
+)
+MESSAGES = st.lists(
+    st.dictionaries(WORDS, JSON_VALUES, max_size=2).flatmap(
+        lambda more: st.builds(
+            lambda role, content: {**more, "role": role, "content": content},
+            st.sampled_from(("user", "system", "assistant", "<|", "a b", None)),
+            JSON_VALUES,
+        )
+    ),
+    max_size=3,
+)
+
+
+@PROFILE
+@given(messages=MESSAGES | JSON_VALUES, tools=JSON_VALUES, special=st.booleans())
+def test_any_messages(vocab: Vocabulary, messages: Any, tools: Any, special: bool) -> None:
+    tokenizer = Tokenizer.from_vocabulary(dataclasses.replace(vocab, chat_template=TEMPLATE))
+    with only_our_errors():
+        ids = tokenizer.chat(messages, tools=tools, parse_special=special)
+        assert ids.count(vocab.bos or 0) == 1 or special
