@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dsq.cli import common
+from dsq.cli import common, compensation
 from dsq.cli.progress import progress_bar
 from dsq.errors import InputError
 from dsq.quant.plan import Options
@@ -52,6 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--allow-nonfinite", action="store_true", help="convert NaN and Inf weights as they are"
     )
+    compensation.add_arguments(parser)
     common.add_threads(parser)
     common.add_hub(parser)
     common.add_json(parser)
@@ -75,6 +76,7 @@ def _tensor_type(text: str) -> tuple[re.Pattern[str], GgmlType]:
 
 
 def run(args: argparse.Namespace) -> int:
+    compensation.check(args)
     options = Options(
         pure=args.pure,
         leave_output_tensor=args.leave_output_tensor,
@@ -88,6 +90,7 @@ def run(args: argparse.Namespace) -> int:
         options=options,
         imatrix_path=args.imatrix,
         allow_requantize=args.allow_requantize,
+        compensate=args.method == "compensated",
     )
 
 
@@ -98,11 +101,12 @@ def convert_to_gguf(
     options: Options | None = None,
     imatrix_path: Path | None = None,
     allow_requantize: bool = False,
+    compensate: bool = False,
 ) -> int:
     """Plan, write, report: what `dsq quantize` and `dsq convert --to gguf` share."""
     from dsq.convert.checkpoint import open_checkpoint
     from dsq.convert.imatrix import read_imatrix
-    from dsq.convert.pipeline import file_preset, plan_gguf, run_gguf_plan
+    from dsq.convert.pipeline import file_preset, plain, plan_gguf, run_gguf_plan
     from dsq.convert.rope import describe
     from dsq.convert.tensor_plan import auto_outtype
     from dsq.quant.presets import preset as find_preset
@@ -111,14 +115,20 @@ def convert_to_gguf(
     named = None if type_name == "auto" or copy else find_preset(type_name)  # before any I/O
     source = common.local_model(args.src, args)
     checkpoint = open_checkpoint(source)
+    if args.pre:
+        from dsq.runtime.pre_check import check_pre
+
+        check_pre(checkpoint, args.pre)
     preset = named or file_preset(checkpoint) or auto_outtype(checkpoint.tensors.values())
     if copy:
         options = replace(options or Options(), only_copy=True)
+    imatrix = read_imatrix(imatrix_path) if imatrix_path else None
+    found = compensation.calibration(args, checkpoint) if compensate else None
     plan = plan_gguf(
         checkpoint,
         preset,
         options=options,
-        imatrix=read_imatrix(imatrix_path) if imatrix_path else None,
+        imatrix=found.imatrix if found else imatrix,
         allow_requantize=allow_requantize,
         split_max_bytes=args.split_max_size,
         pre=args.pre,
@@ -129,7 +139,10 @@ def convert_to_gguf(
     out = args.output or common.output_path(source, preset.name)
     report: dict[str, Any] = {"output": str(out), **plan.to_json()}
     if not args.dry_run:
-        with progress_bar(f"→ {out}", plan.layout.data_bytes, quiet=args.json) as advance:
+        with (
+            progress_bar(f"→ {out}", plan.layout.data_bytes, quiet=args.json) as advance,
+            compensation.opened(args, checkpoint, plan, found, out) as made,
+        ):
             artifact = run_gguf_plan(
                 checkpoint,
                 plan,
@@ -138,15 +151,20 @@ def convert_to_gguf(
                 threads=args.threads,
                 allow_nonfinite=args.allow_nonfinite,
                 progress=advance,
+                made=made.take if made else plain,
             )
         del report["tensors"]
         report["files"] = [str(p) for p in artifact.paths]
         report["size_bytes"] = artifact.size_bytes
         report["seconds"] = round(artifact.seconds, 3)
+        if found and made:
+            report["compensation"] = compensation.to_json(found, made)
     if args.json:
         common.print_json(report)
     else:
         _print(plan, report, describe(checkpoint.spec.rope), dry_run=args.dry_run)
+        if "compensation" in report:
+            compensation.tell(report["compensation"])
     return 0
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from dsq.convert.atomic import check_target
 from dsq.convert.checkpoint import GgufCheckpoint, HfCheckpoint
@@ -40,6 +41,12 @@ from dsq.quant.stream import Job, quantize_stream
 from dsq.quant.threads import default_threads
 
 Progress = Callable[[int], None]
+Made = Callable[[TensorStep], "npt.NDArray[np.uint8] | None"]
+"""Asked for each step in turn: its rows as they shall be stored, or None to make them here."""
+
+
+def plain(step: TensorStep) -> None:
+    """The `Made` that leaves everything to the stream."""
 
 
 @dataclass(frozen=True)
@@ -144,6 +151,7 @@ def run_gguf_plan(
     threads: int | None = None,
     allow_nonfinite: bool = False,
     progress: Progress = lambda n: None,
+    made: Made = plain,
 ) -> Artifact:
     """Write the artifact. Raises InputError for bad weights or a bad target."""
     start = time.perf_counter()
@@ -153,7 +161,7 @@ def run_gguf_plan(
             raise InputError(f"{path} is the source itself; give another -o")
         check_target(path, force=force, n_bytes=plan.layout.data_bytes)
     slabs = quantize_stream(
-        gguf_jobs(checkpoint, plan.steps, plan.imatrix),
+        gguf_jobs(checkpoint, plan.steps, plan.imatrix, made),
         threads=threads or default_threads(),
         allow_nonfinite=allow_nonfinite,
     )
@@ -165,9 +173,14 @@ def gguf_jobs(
     checkpoint: HfCheckpoint | GgufCheckpoint,
     steps: Sequence[TensorStep],
     imatrix: Imatrix | None = None,
+    made: Made = plain,
 ) -> Iterator[Job]:
     """One job a step, opened only when its turn comes."""
     for step in steps:
+        rows = made(step)
+        if rows is not None:
+            yield Job(step.name, rows, step.to, step.to, step.shape[-1])
+            continue
         if step.source is None:
             factors = checkpoint.spec.rope.freq_factors(checkpoint.spec.head_dim)
             raw = factors.astype(np.float32).view(np.uint8).reshape(1, -1)

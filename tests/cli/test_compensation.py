@@ -1,0 +1,76 @@
+"""`dsq quantize --method compensated` from the command line: what is refused, what is reported."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from dsq.cli.main import main
+from tests.models import ROOT, write_hf
+
+pytestmark = pytest.mark.torch
+
+TEXT = ROOT / "runtime" / "decoder.py"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_hf(tmp_path_factory.mktemp("model") / "model")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "give either --stats FILE (of dsq calibrate), or --calibrate with --text"),
+        (["--calibrate", "--stats", "s"], "give either --stats FILE"),
+        (["--calibrate"], "which text? give --text FILE…"),
+        (["--stats", "s", "--ctx", "64"], "--ctx: --stats holds its tokens; leave it out"),
+        (["--calibrate", "--text", TEXT, "--imatrix", "i"], "--imatrix: the statistics hold"),
+        (["--stats", "none"], "none: cannot read the statistics"),
+        (["--calibrate", "--text", TEXT, "--damp", "-1"], "-1 is no number from 0 to 100"),
+        (["--calibrate", "--text", TEXT, "--ctx", "4096"], "but one window needs 4096"),
+    ],
+)
+def test_a_muddle_is_refused(flags, message, model, tmp_path, capsys) -> None:
+    out = tmp_path / "out.gguf"
+    command = ["quantize", "q4_0", str(model), "-o", str(out), "--method", "compensated"]
+    assert main([*command, *map(str, flags)]) == 2
+    assert message in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("flags", [["--calibrate"], ["--stats", "s"], ["--damp", "0.1"]])
+def test_flags_of_the_method_need_the_method(flags, model, capsys) -> None:
+    assert main(["quantize", "q4_0", str(model), *flags]) == 2
+    assert f"{flags[0]}: only with --method compensated; add that" in capsys.readouterr().err
+
+
+def test_calibrating_now_or_before_gives_the_same_tensors(model, tmp_path, capsys) -> None:
+    options = ["--tokens", "512", "--seed", "3", "-t", "1"]
+    now, before = tmp_path / "now.gguf", tmp_path / "before.gguf"
+    stats = tmp_path / "stats"
+    quantize = ["quantize", "q4_k_m", str(model), "--method", "compensated", "-t", "1", "--json"]
+    assert main([*quantize, "-o", str(now), "--calibrate", *options, "--ctx", "128",
+                 "--damp", "0.2", "--text", str(TEXT)]) == 0  # fmt: skip
+    report = json.loads(capsys.readouterr().out)
+    assert report["compensation"]["tokens"] == 512
+    tensors = report["compensation"]["tensors"]
+    assert len(tensors) == 14
+    assert {t["damp"] for t in tensors} == {0.2}
+    assert all(0 < t["error"] < 1 for t in tensors)
+
+    calibrate = ["calibrate", str(model), "-o", str(stats), "-c", "128", "--json"]
+    assert main([*calibrate, *options, "--text", str(TEXT)]) == 0
+    assert main([*quantize, "-o", str(before), "--stats", str(stats), "--damp", "0.2"]) == 0
+    sizes = {path: path.stat().st_size for path in (now, before)}
+    data = {p: p.read_bytes()[-report["size_bytes"] // 2 :] for p in sizes}
+    assert data[now] == data[before]
+    assert not [p.name for p in tmp_path.iterdir() if p.name.startswith(".")]
+
+
+def test_a_dry_run_calibrates_nothing(model, tmp_path, capsys) -> None:
+    command = ["quantize", "iq3_xxs", str(model), "--method", "compensated", "--dry-run"]
+    assert main([*command, "--calibrate", "--tokens", "512", "--text", str(TEXT)]) == 0
+    assert "would write" in capsys.readouterr().out
