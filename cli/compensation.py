@@ -61,10 +61,10 @@ def check(args: argparse.Namespace) -> None:
     args.model = args.src
     corpus.take_model(args)
     args.src = args.model
-    given = [f"--{n.replace('_', '-')}" for n in (*_OURS, *_TEXT) if getattr(args, n)]
+    given = [name for name in (*_OURS, *_TEXT) if _is_given(getattr(args, name))]
     if args.method == "ggml":
         if given:
-            raise InputError(f"{', '.join(given)}: only with --method compensated; add that")
+            raise InputError(f"{_flags(given)}: only with --method compensated; add that")
         return
     if bool(args.stats) == args.calibrate:
         raise InputError(
@@ -73,9 +73,25 @@ def check(args: argparse.Namespace) -> None:
         )
     if args.imatrix:
         raise InputError("--imatrix: the statistics hold the importance matrix; leave it out")
-    unused = [name for name in given if name.lstrip("-").replace("-", "_") in _TEXT]
+    unused = [name for name in given if name in _TEXT]
     if args.stats and unused:
-        raise InputError(f"{', '.join(unused)}: --stats holds its tokens; leave it out")
+        raise InputError(f"{_flags(unused)}: --stats holds its tokens; leave it out")
+
+
+def _is_given(value: Any) -> bool:
+    return value is not None and value is not False
+
+
+def _flags(names: list[str]) -> str:
+    return ", ".join(f"--{name.replace('_', '-')}" for name in names)
+
+
+@dataclass(frozen=True, eq=False)
+class Calibration:
+    """Windows of tokens (windows, n_ctx), and the importance matrix that the plan is made with."""
+
+    ids: npt.NDArray[np.int32]
+    imatrix: Imatrix
 
 
 def calibration(args: argparse.Namespace, checkpoint: HfCheckpoint | GgufCheckpoint) -> Calibration:

@@ -8,13 +8,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dsq.cli import common, compensation
+from dsq.cli import best, common, compensation
 from dsq.cli.progress import progress_bar
 from dsq.errors import InputError
 from dsq.quant.plan import Options
 from dsq.quant.scheme import GgmlType, target_type
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from dsq.convert.checkpoint import GgufCheckpoint, HfCheckpoint
     from dsq.convert.pipeline import GgufPlan
 
 DESCRIPTION = (
@@ -27,7 +30,9 @@ EXAMPLE = "dsq quantize q4_k_m ./deepseek-coder-1.3b-base -o coder-q4_k_m.gguf"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "type", metavar="TYPE", help="q4_0, q4_k_m, iq4_xs, …, llama.cpp's number for it, or copy"
+        "type",
+        metavar="TYPE",
+        help="q4_0, q4_k_m, iq4_xs, …, llama.cpp's number for it, copy, or best-4.5",
     )
     common.add_source(parser, "src", ".gguf, directory or hub id (org/name)")
     parser.add_argument("-o", "--output", type=Path)
@@ -53,6 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--allow-nonfinite", action="store_true", help="convert NaN and Inf weights as they are"
     )
     compensation.add_arguments(parser)
+    best.add_arguments(parser)
     common.add_threads(parser)
     common.add_hub(parser)
     common.add_json(parser)
@@ -76,6 +82,8 @@ def _tensor_type(text: str) -> tuple[re.Pattern[str], GgmlType]:
 
 
 def run(args: argparse.Namespace) -> int:
+    if best.asked(args):
+        return best.run(args)
     compensation.check(args)
     options = Options(
         pure=args.pure,
@@ -106,8 +114,7 @@ def convert_to_gguf(
     """Plan, write, report: what `dsq quantize` and `dsq convert --to gguf` share."""
     from dsq.convert.checkpoint import open_checkpoint
     from dsq.convert.imatrix import read_imatrix
-    from dsq.convert.pipeline import file_preset, plain, plan_gguf, run_gguf_plan
-    from dsq.convert.rope import describe
+    from dsq.convert.pipeline import file_preset, plan_gguf
     from dsq.convert.tensor_plan import auto_outtype
     from dsq.quant.presets import preset as find_preset
 
@@ -122,7 +129,7 @@ def convert_to_gguf(
     preset = named or file_preset(checkpoint) or auto_outtype(checkpoint.tensors.values())
     if copy:
         options = replace(options or Options(), only_copy=True)
-    imatrix = read_imatrix(imatrix_path) if imatrix_path else None
+    imatrix = read_imatrix(imatrix_path, checkpoint) if imatrix_path else None
     found = compensation.calibration(args, checkpoint) if compensate else None
     plan = plan_gguf(
         checkpoint,
@@ -137,7 +144,22 @@ def convert_to_gguf(
         if not any(pattern.search(step.name) for step in plan.steps):
             raise InputError(f"--tensor-type {pattern.pattern}={named_type}: no tensor matches")
     out = args.output or common.output_path(source, preset.name)
-    report: dict[str, Any] = {"output": str(out), **plan.to_json()}
+    return write(args, checkpoint, plan, found, out)
+
+
+def write(
+    args: argparse.Namespace,
+    checkpoint: HfCheckpoint | GgufCheckpoint,
+    plan: GgufPlan,
+    found: compensation.Calibration | None,
+    out: Path,
+    more: Mapping[str, Any] | None = None,
+) -> int:
+    """Carry the plan out and report; `more` goes into the JSON report as it is."""
+    from dsq.convert.pipeline import plain, run_gguf_plan
+    from dsq.convert.rope import describe
+
+    report: dict[str, Any] = {"output": str(out), **plan.to_json(), **(more or {})}
     if not args.dry_run:
         with (
             progress_bar(f"→ {out}", plan.layout.data_bytes, quiet=args.json) as advance,

@@ -1,0 +1,139 @@
+"""`dsq quantize` with a target, a recipe, or best-N: the budget is kept and the file is closer."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from dsq.cli.main import main
+from dsq.convert.checkpoint import open_checkpoint
+from dsq.runtime.source import Source
+from tests.cli.test_main import fails
+from tests.models import TINY_CODER, llama_config, write_hf
+
+pytestmark = pytest.mark.torch
+
+HELDOUT = TINY_CODER / "heldout.txt"
+
+
+@pytest.fixture(scope="module")
+def stats(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("stats") / "stats.safetensors"
+    command = ["calibrate", str(TINY_CODER), "--text", str(HELDOUT), "--tokens", "4k"]
+    command += ["--ctx", "128", "--hessians", "--gradients", "-o", str(out), "--json"]
+    assert main(command) == 0
+    return out
+
+
+def quantize(capsys: pytest.CaptureFixture[str], *args: object) -> dict[str, object]:
+    capsys.readouterr()
+    assert main(["quantize", *map(str, args), "--json"]) == 0
+    content: dict[str, object] = json.loads(capsys.readouterr().out)
+    return content
+
+
+def test_bits_a_weight(tmp_path: Path, stats: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "mix.gguf"
+    quantize(capsys, "--target-bpw", 4.5, TINY_CODER, "--stats", stats, "-o", out)
+    assert 4.45 < Source(out).bpw <= 4.5
+    recipe = json.loads((tmp_path / "mix.recipe.json").read_text())
+    stored = {name: t.type.name for name, t in open_checkpoint(out).tensors.items()}
+    assert recipe["types"].items() <= stored.items()
+
+
+def test_a_recipe_gives_the_same_file_again(
+    tmp_path: Path, stats: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, again, recipe = tmp_path / "a.gguf", tmp_path / "b.gguf", tmp_path / "r.json"
+    quantize(
+        capsys,
+        *("--target-kld", 0.01, TINY_CODER, "--stats", stats, "-o", first),
+        *("--save-recipe", recipe),
+    )
+    quantize(capsys, "--recipe", recipe, TINY_CODER, "--stats", stats, "-o", again)
+    assert first.read_bytes() == again.read_bytes()
+    assert 0.005 < json.loads(recipe.read_text())["predicted_kld"] <= 0.01
+
+
+def test_a_size_in_bytes_is_kept(
+    tmp_path: Path, stats: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "mix.gguf"
+    quantize(capsys, "--target-size", "3.4MiB", TINY_CODER, "--stats", stats, "-o", out)
+    assert 0.95 * 3.4 * 2**20 < out.stat().st_size <= 3.4 * 2**20
+
+
+def test_a_card_leaves_what_the_cache_does_not_take(
+    stats: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ("--vram", "24M", "--ctx", 2048, TINY_CODER, "--stats", stats, "--dry-run")
+    report = quantize(capsys, *command)
+    memory = {"weights": report["size_bytes"], "kv": 2 * 4 * 256 * 2048 * 2}
+    assert sum(memory.values()) < 24 * 2**20  # type: ignore[call-overload]
+    words = fails(capsys, "quantize", "--vram", "8M", *command[2:])
+    assert "use a smaller --ctx" in words
+
+
+def test_the_table_is_printed(stats: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["quantize", "--target-bpw", "4", str(TINY_CODER), "--stats", str(stats)]
+    assert main([*command, "--dry-run"]) == 0
+    text = capsys.readouterr().out
+    assert "blk.3.ffn_down" in text
+    assert "the best mix at each size" in text
+    assert "would write" in text
+
+
+@pytest.mark.slow
+def test_best(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each step is judged on held-out text; a mix alone beats the stock file of its size."""
+    out = tmp_path / "best.gguf"
+    report = quantize(
+        capsys,
+        *("best-4.9", TINY_CODER, "--text", HELDOUT, "--ctx", 128, "--tokens", "8k", "-o", out),
+    )
+    steps = report["steps"]
+    assert isinstance(steps, list)
+    assert [step["name"] for step in steps] == ["stock q4_0", "mix", "compensated", "distilled"]
+    stock, kept = steps[0], [step for step in steps if step["kept"]]
+    assert kept[-1]["kld"] < 0.5 * stock["kld"]  # measured: 0.21 with 28k tokens
+    assert Source(out).bpw <= 4.9
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (("--target-bpw", "4", "--target-kld", "1", "."), "give one target"),
+        (("q4_0", ".", "--target-bpw", "4"), "leave TYPE out"),
+        (("q4_0", ".", "--save-recipe", "r.json"), "--save-recipe: only with a target"),
+        (("--target-bpw", "4", TINY_CODER), "give --stats FILE"),
+        (("--target-bpw", "-1", "."), "no positive number"),
+        (("--target-bpw", "4", TINY_CODER, "--pure"), "--pure: the mix decides"),
+        (("best-4.5", TINY_CODER, "--text", HELDOUT, "--dry-run"), "leave --stats"),
+        (("--recipe", "nowhere.json", TINY_CODER), "cannot read the recipe"),
+    ],
+)
+def test_a_muddle_is_an_error(
+    capsys: pytest.CaptureFixture[str], args: tuple[object, ...], words: str
+) -> None:
+    assert words in fails(capsys, "quantize", *args)
+
+
+def test_too_small_a_target(stats: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = fails(capsys, "quantize", "--target-bpw", 2, TINY_CODER, "--stats", stats)
+    assert "raise the target" in words
+
+
+def test_statistics_that_do_not_serve(
+    tmp_path: Path, stats: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = write_hf(tmp_path / "other", llama_config())
+    words = fails(capsys, "quantize", "--target-bpw", 5, other, "--stats", stats)
+    assert "statistics of another model" in words
+    bare = tmp_path / "bare.safetensors"
+    command = ["calibrate", str(TINY_CODER), "--text", str(HELDOUT), "--tokens", "256"]
+    assert main([*command, "--ctx", "128", "-o", str(bare), "--json"]) == 0
+    capsys.readouterr()
+    words = fails(capsys, "quantize", "--target-bpw", 5, TINY_CODER, "--stats", bare)
+    assert "--hessians --gradients" in words
