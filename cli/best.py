@@ -72,6 +72,7 @@ def asked(args: argparse.Namespace) -> bool:
 
 
 def run(args: argparse.Namespace) -> int:
+    compensation.take_source(args)
     for name in ("pure", "leave_output_tensor", "output_tensor_type", "token_embedding_type"):
         if getattr(args, name):
             raise InputError(
@@ -91,10 +92,10 @@ def run(args: argparse.Namespace) -> int:
 def _best(args: argparse.Namespace) -> int:
     match = _BEST.fullmatch(args.type)
     assert match is not None, "asked"
-    if args.stats or args.dry_run or args.method != "ggml":
+    if args.stats or args.dry_run or args.method != "ggml" or args.distill:
         raise InputError(
-            f"{args.type}: it calibrates and chooses the method by itself; leave --stats, --method "
-            "and --dry-run out"
+            f"{args.type}: it calibrates and chooses the method by itself; leave --stats, "
+            "--method, --distill and --dry-run out"
         )
     from dsq.convert.atomic import check_target
     from dsq.convert.checkpoint import open_checkpoint
@@ -167,12 +168,13 @@ def _mix(args: argparse.Namespace) -> int:
             _print_curve(table)
         if not args.dry_run or args.save_recipe:
             _save(args, recipe, out)
-        if args.method == "compensated" and stats is not None:
+        found = None
+        if compensation.is_asked_for(args):
+            if stats is None:
+                raise InputError(
+                    "--method compensated, --distill: give --stats FILE, or --calibrate with --text"
+                )
             found = compensation.Calibration(stats.tokens, sums_of_stats(stats).means())
-        elif args.method == "compensated":
-            raise InputError("--method compensated: give --stats FILE, or --calibrate with --text")
-        else:
-            found = None
         return write(args, checkpoint, plan, found, out, {"recipe": recipe.to_json()})
 
 

@@ -1,4 +1,4 @@
-"""`dsq quantize --method compensated`: its options, and the calibration that they name."""
+"""`dsq quantize --method compensated` and `--distill`: their options, and the calibration named."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from dsq.cli import common, corpus
 from dsq.cli.calibrate import count, windows
+from dsq.cli.progress import progress_bar
 from dsq.errors import InputError
 
 if TYPE_CHECKING:
@@ -42,6 +43,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--seed", type=int, help="draws windows (default 0)")
     group.add_argument("--damp", type=damp, metavar="D", help="of the Hessians (default 0.1)")
     group.add_argument("--device", choices=("auto", "cpu", "cuda"))
+    group.add_argument(
+        "--distill",
+        type=count,
+        metavar="N",
+        help="tune scales and norm gains on N of the tokens, until the file predicts as SRC does",
+    )
     corpus.add_arguments(parser)
 
 
@@ -58,24 +65,46 @@ def damp(text: str) -> float:
 
 def check(args: argparse.Namespace) -> None:
     """Refuse what does not go together, and find a SRC that --text has swallowed."""
-    args.model = args.src
-    corpus.take_model(args)
-    args.src = args.model
+    take_source(args)
     given = [name for name in (*_OURS, *_TEXT) if _is_given(getattr(args, name))]
-    if args.method == "ggml":
+    if not is_asked_for(args):
         if given:
-            raise InputError(f"{_flags(given)}: only with --method compensated; add that")
+            raise InputError(
+                f"{_flags(given)}: only with --method compensated or --distill N; add that"
+            )
         return
+    what = "--distill" if args.method == "ggml" else "--method compensated"
+    if args.method == "ggml" and args.damp is not None:
+        raise InputError("--damp: only with --method compensated; add that")
     if bool(args.stats) == args.calibrate:
         raise InputError(
-            "--method compensated: give either --stats FILE (of dsq calibrate), or --calibrate "
+            f"{what}: give either --stats FILE (of dsq calibrate), or --calibrate "
             "with --text FILE…, --repo DIR… or --mix code"
         )
-    if args.imatrix:
+    if args.distill and args.split_max_size:
+        raise InputError("--distill: writes one file; leave --split-max-size out")
+    if args.imatrix and (args.stats or args.method != "ggml"):
         raise InputError("--imatrix: the statistics hold the importance matrix; leave it out")
     unused = [name for name in given if name in _TEXT]
     if args.stats and unused:
         raise InputError(f"{_flags(unused)}: --stats holds its tokens; leave it out")
+
+
+def take_source(args: argparse.Namespace) -> None:
+    """`--text a.txt model.gguf`: such an option takes all it can get, SRC as well."""
+    args.model = args.src
+    corpus.take_model(args)
+    args.src = args.model
+
+
+def is_asked_for(args: argparse.Namespace) -> bool:
+    return args.method == "compensated" or args.distill is not None
+
+
+def method(args: argparse.Namespace) -> str:
+    """What a file's metadata call it."""
+    steps = [args.method] if args.method != "ggml" else []
+    return "+".join([*steps, *(["distilled"] if args.distill else [])])
 
 
 def _is_given(value: Any) -> bool:
@@ -131,7 +160,7 @@ def opened(
     out: Path,
 ) -> Iterator[Compensation | None]:
     """What makes the plan's tensors from `found`; None without it."""
-    if found is None:
+    if found is None or args.method != "compensated":
         yield None
         return
     from dsq.runtime.compensate import Options, opened
@@ -141,6 +170,49 @@ def opened(
         options = replace(options, damp=args.damp)
     with opened(checkpoint, plan.steps, found.ids, out, options) as made:
         yield made
+
+
+def distilled(
+    args: argparse.Namespace, source: Path, quantized: Path, found: Calibration, out: Path
+) -> dict[str, Any]:
+    """Write `out` from the file `quantized`; the report's part."""
+    from dsq.runtime.distill import Options, distill
+
+    n_windows = max(4, args.distill // found.ids.shape[1])
+    device = "cpu" if args.device in (None, "auto") else args.device
+    options = Options(seed=args.seed or 0, n_threads=args.threads, device=device)
+    with progress_bar("distilling", 1000, quiet=args.json) as advance:
+        shown = 0
+
+        def tell(what: str, done: int, total: int, ratio: float) -> None:
+            nonlocal shown
+            now = int(500 * ((what == "distilling") + done / total))
+            advance(max(0, now - shown))
+            shown = max(now, shown)
+
+        report = distill(
+            source,
+            quantized,
+            out,
+            found.ids[:n_windows],
+            options,
+            force=args.force,
+            progress=tell,
+        )
+    return report.to_json()
+
+
+def tell_distilled(report: dict[str, Any]) -> None:
+    """One line on what it brought."""
+    ratio = report["kld_after"] / report["kld_before"] if report["kld_before"] else 1.0
+    if report["best_step"] == 0:
+        print("distilled: no gain on the held-out windows; the file is as it was before")
+        return
+    print(
+        f"distilled on {report['n_train_tokens']:,} tokens in {report['steps']} steps: "
+        f"mean KLD {report['kld_after']:.6f}, {ratio:.2f} of what it was, on "
+        f"{report['n_held_out_tokens']:,} tokens held out"
+    )
 
 
 def to_json(found: Calibration, made: Compensation) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import argparse
 import re
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from dsq.cli import best, common, compensation
@@ -98,7 +99,7 @@ def run(args: argparse.Namespace) -> int:
         options=options,
         imatrix_path=args.imatrix,
         allow_requantize=args.allow_requantize,
-        compensate=args.method == "compensated",
+        calibrated=compensation.is_asked_for(args),
     )
 
 
@@ -109,7 +110,7 @@ def convert_to_gguf(
     options: Options | None = None,
     imatrix_path: Path | None = None,
     allow_requantize: bool = False,
-    compensate: bool = False,
+    calibrated: bool = False,
 ) -> int:
     """Plan, write, report: what `dsq quantize` and `dsq convert --to gguf` share."""
     from dsq.convert.checkpoint import open_checkpoint
@@ -130,12 +131,14 @@ def convert_to_gguf(
     if copy:
         options = replace(options or Options(), only_copy=True)
     imatrix = read_imatrix(imatrix_path, checkpoint) if imatrix_path else None
-    found = compensation.calibration(args, checkpoint) if compensate else None
+    found = compensation.calibration(args, checkpoint) if calibrated else None
+    if found and (args.method == "compensated" or args.stats):
+        imatrix = found.imatrix
     plan = plan_gguf(
         checkpoint,
         preset,
         options=options,
-        imatrix=found.imatrix if found else imatrix,
+        imatrix=imatrix,
         allow_requantize=allow_requantize,
         split_max_bytes=args.split_max_size,
         pre=args.pre,
@@ -156,38 +159,69 @@ def write(
     more: Mapping[str, Any] | None = None,
 ) -> int:
     """Carry the plan out and report; `more` goes into the JSON report as it is."""
-    from dsq.convert.pipeline import plain, run_gguf_plan
+    from dsq.convert.atomic import check_target
+    from dsq.convert.pipeline import with_method
     from dsq.convert.rope import describe
 
+    if found:
+        plan = with_method(plan, compensation.method(args))
     report: dict[str, Any] = {"output": str(out), **plan.to_json(), **(more or {})}
     if not args.dry_run:
-        with (
-            progress_bar(f"→ {out}", plan.layout.data_bytes, quiet=args.json) as advance,
-            compensation.opened(args, checkpoint, plan, found, out) as made,
-        ):
-            artifact = run_gguf_plan(
-                checkpoint,
-                plan,
-                out,
-                force=args.force,
-                threads=args.threads,
-                allow_nonfinite=args.allow_nonfinite,
-                progress=advance,
-                made=made.take if made else plain,
-            )
         del report["tensors"]
-        report["files"] = [str(p) for p in artifact.paths]
-        report["size_bytes"] = artifact.size_bytes
-        report["seconds"] = round(artifact.seconds, 3)
-        if found and made:
-            report["compensation"] = compensation.to_json(found, made)
+        if found and args.distill:
+            check_target(out, force=args.force, n_bytes=2 * plan.layout.data_bytes)
+            with TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
+                before = Path(folder) / "quantized.gguf"
+                report |= _run(args, checkpoint, plan, found, before)
+                report["distillation"] = compensation.distilled(
+                    args, checkpoint.path, before, found, out
+                )
+            report["files"] = [str(out)]
+        else:
+            report |= _run(args, checkpoint, plan, found, out)
     if args.json:
         common.print_json(report)
     else:
         _print(plan, report, describe(checkpoint.spec.rope), dry_run=args.dry_run)
         if "compensation" in report:
             compensation.tell(report["compensation"])
+        if "distillation" in report:
+            compensation.tell_distilled(report["distillation"])
     return 0
+
+
+def _run(
+    args: argparse.Namespace,
+    checkpoint: HfCheckpoint | GgufCheckpoint,
+    plan: GgufPlan,
+    found: compensation.Calibration | None,
+    out: Path,
+) -> dict[str, Any]:
+    """Carry the plan out; what the report says of it."""
+    from dsq.convert.pipeline import plain, run_gguf_plan
+
+    with (
+        progress_bar(f"→ {out}", plan.layout.data_bytes, quiet=args.json) as advance,
+        compensation.opened(args, checkpoint, plan, found, out) as made,
+    ):
+        artifact = run_gguf_plan(
+            checkpoint,
+            plan,
+            out,
+            force=args.force,
+            threads=args.threads,
+            allow_nonfinite=args.allow_nonfinite,
+            progress=advance,
+            made=made.take if made else plain,
+        )
+    done: dict[str, Any] = {
+        "files": [str(p) for p in artifact.paths],
+        "size_bytes": artifact.size_bytes,
+        "seconds": round(artifact.seconds, 3),
+    }
+    if found and made:
+        done["compensation"] = compensation.to_json(found, made)
+    return done
 
 
 def _print(plan: GgufPlan, report: dict[str, Any], rope: str, *, dry_run: bool) -> None:

@@ -6,7 +6,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,8 @@ from dsq.quant.presets import PRESETS, Preset
 from dsq.quant.scheme import F32
 from dsq.quant.stream import Job, quantize_stream
 from dsq.quant.threads import default_threads
+
+METHOD = "dsq.quantize.method"
 
 Progress = Callable[[int], None]
 Made = Callable[[TensorStep], "npt.NDArray[np.uint8] | None"]
@@ -122,6 +124,14 @@ def plan_gguf(
         entries += _imatrix_entries(imatrix)
     tensors = [OutTensor(s.name, s.shape, s.to, s.n_bytes) for s in steps]
     return GgufPlan(preset, steps, gguf_layout(entries, tensors, split_max_bytes), imatrix)
+
+
+def with_method(plan: GgufPlan, method: str) -> GgufPlan:
+    """The plan, with how its weights come to be among the file's keys: they are no plain rounding
+    of the source's, which `verify` has to know."""
+    kept = [entry for entry in plan.layout.entries if entry.key != METHOD]
+    entries = (*kept, KeyValue(METHOD, method, STRING))
+    return replace(plan, layout=replace(plan.layout, entries=entries))
 
 
 def file_preset(checkpoint: HfCheckpoint | GgufCheckpoint) -> Preset | None:

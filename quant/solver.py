@@ -83,11 +83,11 @@ def factor(hessian: Tensor, name: str, damp: float = DAMP) -> Factor:
         )
     dead = diagonal == 0
     mean = float(diagonal.mean()) or 1.0
-    flipped = hessian.flip(0, 1)  # its lower factor, flipped back, is the upper one
     used = damp
     while True:
-        added = torch.where(dead, mean, used * mean).flip(0)
-        lower, failed = torch.linalg.cholesky_ex(flipped + torch.diag(added))
+        flipped = hessian.flip(0, 1)  # its lower factor, flipped back, is the upper one
+        flipped.diagonal().add_(torch.where(dead, mean, used * mean).flip(0))
+        lower, failed = torch.linalg.cholesky_ex(flipped)
         if not int(failed) and bool(torch.isfinite(lower).all()):
             return Factor(lower.flip(0, 1), used, int(dead.sum()))
         used = max(10 * used, _LEAST_DAMP)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from dsq.cli.main import main
+from dsq.convert.gguf.reader import read_gguf
 from tests.models import ROOT, write_hf
 
 pytestmark = pytest.mark.torch
@@ -67,6 +68,7 @@ def test_calibrating_now_or_before_gives_the_same_tensors(model, tmp_path, capsy
     sizes = {path: path.stat().st_size for path in (now, before)}
     data = {p: p.read_bytes()[-report["size_bytes"] // 2 :] for p in sizes}
     assert data[now] == data[before]
+    assert read_gguf(now).metadata["dsq.quantize.method"] == "compensated"
     assert not [p.name for p in tmp_path.iterdir() if p.name.startswith(".")]
 
 

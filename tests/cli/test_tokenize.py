@@ -7,6 +7,7 @@ import json
 import os
 import re
 import resource
+import select
 import subprocess
 import sys
 
@@ -142,10 +143,12 @@ def test_a_program_at_the_other_end_gets_each_answer_at_once():
         [sys.executable, "-m", "dsq.cli.main", "tokenize", str(TINY_CODER), "--lines", "-"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
+        env={k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"},
     ) as process:
         for text in ("one", "two"):
             process.stdin.write(json.dumps(text).encode() + b"\n")
             process.stdin.flush()
+            assert select.select([process.stdout], [], [], 60)[0], "no answer"
             assert json.loads(process.stdout.readline())["text"] == text
         process.stdin.close()
         assert process.wait(timeout=60) == 0
