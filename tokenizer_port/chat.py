@@ -6,9 +6,11 @@ else; the control tokens found afterwards are the template's, and the text betwe
 and encoded as ordinary text. One character stands for one, so trimming, lengths and comparisons in
 the template work as before.
 
-The limit: a template that looks for a control token inside a message (DeepSeek's does not) does
-not find it, which is the safe way round. Roles may hold letters, digits, `_` and `-` only, as many
-templates build their markers from them.
+The limits: a template that looks for a control token inside a message (DeepSeek's does not) does
+not find it, which is the safe way round. A template that rewrites messages (`upper`, `replace`,
+`split` and `join`) can make a control token of text that was none: it is then the template's own.
+Roles, and words that templates compare with (`type`, settings), may hold letters, digits, `_` and
+`-` only, as many templates build their markers from them.
 """
 
 from __future__ import annotations
@@ -174,7 +176,7 @@ class _Mask:
         start = len(text) - len(text.lstrip())
         core = text.strip()
         places = {start + i for i in (*self._control.whole(core), *self._control.begun(core))}
-        if not compared and self._control.continued(core):
+        if not (compared and _ROLE.fullmatch(core)) and self._control.continued(core):
             places.add(start)
         if not places:
             return text

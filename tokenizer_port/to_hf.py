@@ -34,8 +34,10 @@ def tokenizer_json(vocab: Vocabulary, *, published: bool = False) -> dict[str, A
     own = parse_object(vocab.tokenizer_json, EMBEDDED)
     check_definition(own, EMBEDDED)
     tokens: dict[str, int] = dict(own["model"]["vocab"])
-    added = {entry["content"]: entry["id"] for entry in added_entries(own, EMBEDDED)}
+    entries = added_entries(own, EMBEDDED)
+    added = {entry["content"]: entry["id"] for entry in entries}
     _check_agreement(tokens, added, vocab)
+    _check_types_agree({e["id"] for e in entries if e.get("special")}, {*added.values()}, vocab)
     _check_merges_agree(merge_texts(own, EMBEDDED), vocab.merges)
     new = sorted(added[token] for token in added if token not in tokens)
     if new != list(range(len(tokens), len(tokens) + len(new))):
@@ -65,6 +67,21 @@ def _check_agreement(
             raise _disagreement(
                 f"token {i}, {token!r}, is an added token, but tokenizer.ggml.token_type says "
                 "ordinary text"
+            )
+
+
+def _check_types_agree(special: set[int], added: set[int], vocab: Vocabulary) -> None:
+    """What is special in tokenizer.json must be out of a user's reach, what is text must not."""
+    for i, (token, kind) in enumerate(zip(vocab.tokens, vocab.types, strict=True)):
+        if i in special and kind not in (TokenType.CONTROL, TokenType.UNKNOWN):
+            raise _disagreement(
+                f"token {i}, {token!r}, is special, but tokenizer.ggml.token_type says that a "
+                "user may write it"
+            )
+        if i not in added and kind == TokenType.USER_DEFINED:
+            raise _disagreement(
+                f"token {i}, {token!r}, is ordinary, but tokenizer.ggml.token_type says "
+                "an added token"
             )
 
 

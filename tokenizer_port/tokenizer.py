@@ -118,7 +118,14 @@ class Tokenizer:
             {**variables, "add_generation_prompt": add_generation_prompt},
             parse_special=parse_special,
         )
-        return ids if self.vocab.bos in ids else self._with_bos(ids, add_bos)
+        if parse_special and self.vocab.bos in ids:
+            # It may be the messages' own: what counts is whether the template writes one.
+            written = self.chat(
+                messages, add_generation_prompt=add_generation_prompt, add_bos=False, **variables
+            )
+        else:
+            written = ids
+        return ids if self.vocab.bos in written else self._with_bos(ids, add_bos)
 
     def stop_ids(self, mode: Literal["complete", "chat"]) -> frozenset[int]:
         """The tokens that end generation.
@@ -208,28 +215,20 @@ class Tokenizer:
 
     @cached_property
     def _plain(self) -> Encoder:
-        """The same tokenizer without its control tokens."""
-        control = self.control_texts.ids
-        definition = {**self._definition, "model": {**self._definition["model"]}}
-        definition["added_tokens"] = [
-            entry
-            for entry in self._definition.get("added_tokens") or []
-            if entry["content"] not in control
-        ]
-        # They leave the model's vocabulary as well: with ignore_merges a piece of text that
-        # equals one would be taken whole.
-        parts = {part for merge in self.vocab.merges for part in merge.split(" ")}
-        parts |= {merge.replace(" ", "") for merge in self.vocab.merges}
-        definition["model"]["vocab"] = {
-            token: i
-            for token, i in self._definition["model"]["vocab"].items()
-            if token not in control or token in parts
-        }
-        unknown = definition["model"].get("unk_token")
-        if unknown is not None and unknown not in definition["model"]["vocab"]:
-            definition["model"]["unk_token"] = None
-        definition["post_processor"] = None
-        return Encoder(definition)
+        """The same tokenizer without its control tokens, and without the merges that make them."""
+        control = set(self.control_texts.ids)
+        added = self._definition.get("added_tokens") or []
+        kept = [entry for entry in added if entry["content"] not in control]
+        model = {**self._definition["model"]}
+        model["vocab"] = {t: i for t, i in model["vocab"].items() if t not in control}
+        # The library ignores the ids in added_tokens and numbers on from the vocabulary, so a token
+        # that stands behind one left out here would move to another id, unless it is listed there.
+        model["vocab"].update({entry["content"]: entry["id"] for entry in kept})
+        model["merges"] = [m for m in model.get("merges") or [] if control.isdisjoint(_made(m))]
+        if model.get("unk_token") not in model["vocab"]:
+            model["unk_token"] = None
+        definition = {**self._definition, "model": model, "added_tokens": kept}
+        return Encoder({**definition, "post_processor": None})
 
     def _with_bos(self, ids: list[int], wanted: bool | None) -> list[int]:
         bos = self.vocab.bos
@@ -254,6 +253,12 @@ class StreamDecoder:
     def finish(self) -> str:
         """What is left: an unfinished character comes out as U+FFFD."""
         return self._decoder.decode(b"", final=True)
+
+
+def _made(merge: Any) -> tuple[str, str, str]:
+    """A merge's two parts, and what they make."""
+    first, second = merge.split(" ") if isinstance(merge, str) else merge
+    return first, second, first + second
 
 
 def _checked(text: Any) -> str:

@@ -474,3 +474,22 @@ def test_a_refusal_is_the_templates_own_words() -> None:
         out("{{ raise_exception('Roles must\nalternate') }}")
     with pytest.raises(InputError, match="TemplateSyntaxError"):
         out("{% if %}")
+
+
+def test_a_bos_typed_in_a_message_is_no_reason_to_leave_out_the_first(vocab: Vocabulary) -> None:
+    bare = dataclasses.replace(
+        vocab, chat_template="{% for m in messages %}{{ m.content }}{% endfor %}"
+    )
+    tok = Tokenizer.from_vocabulary(bare)
+    messages = [{"role": "user", "content": f"a{BOS}b"}]
+    ids = tok.chat(messages, parse_special=True)
+    assert ids[0] == vocab.bos
+    assert ids.count(vocab.bos) == 2  # the typed one is what --special asks for
+    assert tok.chat(messages)[1:].count(vocab.bos) == 0
+
+
+def test_a_setting_cannot_complete_a_marker(vocab: Vocabulary) -> None:
+    hostile = dataclasses.replace(vocab, chat_template="<|{{ name }}{{ messages[0].content }}")
+    tok = Tokenizer.from_vocabulary(hostile)
+    ids = tok.chat([{"role": "user", "content": "x"}], name="EOT|>")
+    assert vocab.eot not in ids
