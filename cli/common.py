@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dsq.convert.files import human as human
 from dsq.errors import InputError
 
 if TYPE_CHECKING:
@@ -157,15 +158,6 @@ def size(text: str) -> int:
     if n_bytes < 1 << 20:
         raise argparse.ArgumentTypeError(f"{text!r} is less than 1M")
     return n_bytes
-
-
-def human(n_bytes: float) -> str:
-    """`98.4 MiB`"""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if n_bytes < 1024 or unit == "GiB":
-            return f"{n_bytes:.0f} B" if unit == "B" else f"{n_bytes:.1f} {unit}"
-        n_bytes /= 1024
-    raise AssertionError("unreachable")
 
 
 def print_json(content: Any) -> None:

@@ -24,12 +24,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from dsq.convert.checkpoint import open_checkpoint
-    from dsq.convert.inspect import inspect_checkpoint
+    from dsq.convert.inspect import inspect_checkpoint, open_model
 
-    report = inspect_checkpoint(
-        open_checkpoint(common.local_model(args.model, args)), args.ctx_size
-    )
+    report = inspect_checkpoint(open_model(common.local_model(args.model, args)), args.ctx_size)
     if args.json:
         common.print_json(report)
     else:

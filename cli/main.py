@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
 import io
 import os
@@ -11,7 +12,8 @@ import sys
 import threading
 import warnings
 from collections.abc import Sequence
-from typing import NoReturn
+from pathlib import Path
+from typing import Any, NoReturn, TextIO
 
 from dsq import __version__
 from dsq.errors import DsqError, InputError
@@ -51,8 +53,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The console script. Returns the exit code: 0, 1 failure, 2 bad input, 130 interrupted."""
     args = list(sys.argv[1:] if argv is None else argv)
     _tame_streams()
+    if sys.stdout is None:
+        print(
+            "dsq: error: standard output is closed; send it to a file, or to /dev/null",
+            file=sys.stderr,
+        )
+        return 1
+    code = _reported(args)
     try:
-        return _run(args)
+        sys.stdout.flush()
+    except OSError:  # after an error that is reported already
+        _discard_output()
+    return code
+
+
+def _reported(args: list[str]) -> int:
+    """The exit code; every error is printed as one line."""
+    try:
+        code = _run(args)
+        sys.stdout.flush()  # here, where an error can still be reported
+        return code
     except DsqError as error:
         print(f"dsq: error: {error}", file=sys.stderr)
         return error.exit_code
@@ -60,11 +80,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(file=sys.stderr)
         return 130
     except BrokenPipeError:
-        # The reader went away (`dsq inspect … | head`); do not complain at exit either.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_output()  # the reader went away: `dsq inspect … | head`
         return 1
     except OSError as error:
-        print(f"dsq: error: {error}", file=sys.stderr)
+        what = str(error)
+        if error.errno in _OUTPUT_ERRORS and error.filename is None:
+            _discard_output()
+            what = f"cannot write the output: {error.strerror}"
+        print(f"dsq: error: {what}", file=sys.stderr)
         return 1
     except Exception as error:
         if os.environ.get("DSQ_TRACEBACK"):
@@ -78,8 +101,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
 
 
+# What writing fails with and reading does not: without a file's name it is standard output's.
+_OUTPUT_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+
+
+def _discard_output() -> None:
+    """What is still buffered goes nowhere, so that Python does not complain of it at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def _tame_streams() -> None:
     """A terminal that cannot print `✓` gets `?`, not a crash; warnings are one line each."""
+    if sys.stderr is None:  # closed (`2>&-`); print(file=None) would print to standard output
+        sys.stderr = _null_stderr()
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _stop)
     for stream in (sys.stdin, sys.stdout, sys.stderr):
@@ -90,16 +124,55 @@ def _tame_streams() -> None:
     )
 
 
+def _null_stderr() -> TextIO:
+    """Also takes descriptor 2: libraries' messages would go into the next file that is opened."""
+    handle = os.open(os.devnull, os.O_RDWR)
+    while handle < 2:
+        handle = os.open(os.devnull, os.O_RDWR)
+    return open(handle, "w", encoding="utf-8")
+
+
 def _stop(number: int, frame: object) -> NoReturn:
     """SIGTERM unwinds, so that temporary files are removed."""
     raise SystemExit(128 + number)
 
 
 class _Parser(argparse.ArgumentParser):
-    """argparse, but an error is one line."""
+    """argparse, but an error is one line, and no file's name is empty."""
+
+    def __init__(self, **how: Any) -> None:
+        super().__init__(**how)
+        self.register("type", Path, _file_name)  # what `type=Path` calls
+
+    def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
+        sys.stdout.flush()
+        super().exit(status, message)
 
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{message} (see {self.prog} --help)")
+
+
+def _file_name(text: str) -> Path:
+    """argparse type: Path("") is the current folder, which nobody meant."""
+    if not text:
+        raise argparse.ArgumentTypeError("the file's name is empty")
+    return Path(text)
+
+
+def _parsed(parser: argparse.ArgumentParser, args: list[str]) -> argparse.Namespace:
+    """Options may stand anywhere, before the last positional too.
+
+    argparse gives an optional positional its default at the first chance, and then has no place
+    for one that comes later. Intermixed parsing is second choice: before Python 3.13 it takes
+    what follows `--` for options.
+    """
+    namespace, left = parser.parse_known_args(args)
+    if not left:
+        return namespace
+    try:
+        return parser.parse_intermixed_args(args)
+    except TypeError:  # not for a verb with actions, each of which has a parser of its own
+        parser.error(f"unrecognized arguments: {' '.join(left)}")
 
 
 def _run(args: list[str]) -> int:
@@ -122,7 +195,7 @@ def _run(args: list[str]) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     module.add_arguments(parser)
-    code: int = module.run(parser.parse_args(args))
+    code: int = module.run(_parsed(parser, args))
     return code
 
 

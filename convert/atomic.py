@@ -13,30 +13,43 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from dsq.convert.files import human, special_kind
 from dsq.errors import DsqError, InputError
 
 
 def check_target(path: Path, *, force: bool, n_bytes: int = 0) -> None:
     """Refuse what is sure to fail later: an existing output, a missing or full folder."""
-    if path.is_dir():
-        raise InputError(f"{path} is a directory; a file is to be written: give another -o")
+    _refuse_special(path)
     if path.exists() and not force:
-        raise InputError(f"{path} exists; give another -o, or --force to replace it")
+        raise InputError(f"{path} exists; give another output, or --force to replace it")
     check_space(path, n_bytes)
+
+
+def _refuse_special(path: Path) -> None:
+    """A rename over a device or a pipe takes it away from every other program."""
+    try:
+        kind = special_kind(path)
+    except OSError:  # nothing is there, or a link to nothing; the rest shows when it is written
+        return
+    if kind is not None:
+        raise InputError(
+            f"{path} is {kind} and is not replaced, --force or not; a file is to be written: "
+            f"give another output"
+        )
 
 
 def check_space(path: Path, n_bytes: int) -> None:
     """Refuse a target in a folder that is missing, read-only or too full for it."""
     folder = path.parent
     if not folder.is_dir():
-        raise InputError(f"{folder} is not a folder; create it or give another -o")
+        raise InputError(f"{folder} is not a folder; create it or give another output")
     if not os.access(folder, os.W_OK):
-        raise InputError(f"{folder} is read-only; give another -o")
+        raise InputError(f"{folder} is read-only; give another output")
     free = shutil.disk_usage(folder).free
     if n_bytes > free:
         raise InputError(
-            f"{folder} has {free / 2**30:.1f} GiB free, but {path.name} needs "
-            f"{n_bytes / 2**30:.1f} GiB; free some space or give another -o"
+            f"{folder} has {human(free)} free, but {path.name} needs {human(n_bytes)}; "
+            f"free some space or give another output"
         )
 
 
@@ -45,8 +58,11 @@ def atomic_files(paths: Sequence[Path]) -> Iterator[list[Path]]:
     """Yield a temporary path for each of `paths`; all are renamed at the end, or all removed.
 
     The caller writes and closes them. Operating system errors become one-line errors that name
-    the target (disk full, read-only, no permission).
+    the target (disk full, read-only, no permission). A link is replaced, not what it points to.
+    Raises InputError for a target that is a directory, a device or the like.
     """
+    for path in paths:
+        _refuse_special(path)
     tag = secrets.token_hex(4)
     temporary = [p.with_name(f".{p.name}.{tag}.tmp") for p in paths]
     try:
@@ -100,15 +116,15 @@ def check_directory(path: Path, *, force: bool, ours: Callable[[str], bool]) -> 
     if not path.exists():
         return
     if not path.is_dir():
-        raise InputError(f"{path} is a file; a directory is to be written: give another -o")
+        raise InputError(f"{path} is a file; a directory is to be written: give another output")
     foreign = sorted(entry.name for entry in path.iterdir() if not ours(entry.name))
     if foreign:
         raise InputError(
             f"{path} holds {foreign[0]}, which is not a model's file; nothing of yours is "
-            f"replaced: give another -o"
+            f"replaced: give another output"
         )
     if not force and any(path.iterdir()):
-        raise InputError(f"{path} exists; give another -o, or --force to replace it")
+        raise InputError(f"{path} exists; give another output, or --force to replace it")
 
 
 def write_text(path: Path, text: str) -> None:
@@ -150,12 +166,12 @@ def _fsync(path: Path) -> None:
 
 
 _REMEDY = {
-    errno.ENOSPC: "the disk is full; free some space or give another -o",
-    errno.EDQUOT: "the disk quota is used up; free some space or give another -o",
-    errno.EROFS: "the file system is read-only; give another -o",
-    errno.EACCES: "no permission to write there; give another -o",
-    errno.EPERM: "no permission to write there; give another -o",
-    errno.ENOENT: "the folder does not exist; create it or give another -o",
+    errno.ENOSPC: "the disk is full; free some space or give another output",
+    errno.EDQUOT: "the disk quota is used up; free some space or give another output",
+    errno.EROFS: "the file system is read-only; give another output",
+    errno.EACCES: "no permission to write there; give another output",
+    errno.EPERM: "no permission to write there; give another output",
+    errno.ENOENT: "the folder does not exist; create it or give another output",
     errno.EFBIG: "the file system cannot hold a file that large; use --split-max-size",
 }
 

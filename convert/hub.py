@@ -38,12 +38,17 @@ class HubId:
 def resolve(source: str, *, revision: str | None = None, offline: bool = False) -> Path:
     """The local path of a model: `source` itself, or its copy in the hub's cache.
 
+    What can only be a path (`./x`, `x.gguf`, in a folder that is here) is never asked for there.
     Downloads what is missing, unless `offline`. Raises InputError when there is no such model,
     file or revision or no right to read it, DsqError when the network or the disk fails.
     """
     if Path(source).exists():
         return Path(source)
     hub_id = parse_id(source)
+    if _is_local(source):
+        is_either = hub_id is not None and Path(source.split("/")[0]).is_dir()
+        remedy = f"; if the hub's is meant, give https://hf.co/{source}" if is_either else ""
+        raise InputError(f"{source}: no such file or directory{remedy}")
     if hub_id is None:
         raise InputError(
             f"{source}: there is no such file or directory, and a hub id is written org/name, "
@@ -57,6 +62,18 @@ def parse_id(source: str) -> HubId | None:
     """A hub id or the address of a model's page; None if `source` is neither."""
     match = _ID.fullmatch(_URL.sub("", source, count=1).rstrip("/"))
     return HubId(match["repo"], match["quant"], match["file"]) if match else None
+
+
+def _is_local(source: str) -> bool:
+    """Whether a name can only mean a path, so that the hub need not be asked."""
+    if _URL.match(source):
+        return False
+    first, *rest = source.split("/")
+    return (
+        source.startswith((".", "/", "~"))
+        or (source.endswith((".gguf", ".safetensors")) and len(rest) < 2)  # org/name/file.gguf
+        or (bool(rest) and Path(first).is_dir())
+    )
 
 
 def _from_hub(hub_id: HubId, revision: str | None, offline: bool) -> Path:
@@ -171,8 +188,8 @@ def _one_line_errors(source: str, repo: str, revision: str | None) -> Iterator[N
             raise _unreachable(source, error.__cause__) from error
         at = f" at revision {revision}" if revision else ""
         raise InputError(
-            f"{source}: not downloaded yet{at}, and the network is not to be used; "
-            f"run once without --offline (and HF_HUB_OFFLINE)"
+            f"{source}: no such path here, not downloaded yet{at}, and the network is not to be "
+            f"used; run once without --offline (and HF_HUB_OFFLINE)"
         ) from error
     except errors.HFValidationError as error:
         raise InputError(f"{source}: {str(error).splitlines()[0]}") from error
@@ -194,6 +211,7 @@ def _one_line_errors(source: str, repo: str, revision: str | None) -> Iterator[N
 def _unreachable(source: str, error: BaseException) -> DsqError:
     reason = (str(error).splitlines() or [""])[0] or type(error).__name__
     return DsqError(
-        f"{source}: the download failed ({reason}); check the network and the disk, run again to "
-        f"go on, or use --offline for a model that is downloaded already"
+        f"{source}: no such path here, and the download failed ({reason}); check the name, or the "
+        f"network and the disk: run again to go on, or use --offline for a model that is "
+        f"downloaded already"
     )

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from dsq.convert.checkpoint import GgufCheckpoint, HfCheckpoint
+from dsq.convert.checkpoint import GgufCheckpoint, HfCheckpoint, open_checkpoint
+from dsq.convert.gguf.reader import GgufFile, read_gguf
 from dsq.convert.names import ROPE_FREQS
 from dsq.convert.spec import ModelSpec
+from dsq.errors import InputError
 from dsq.tokenizer_port.vocabulary import TokenType, Vocabulary
 
 N_UBATCH = 512  # llama.cpp's default: tokens that one compute graph holds
@@ -89,6 +92,25 @@ def inspect_checkpoint(
         "bpw": round(8 * n_bytes / n_params, 4),
         "memory_at_ctx": memory_at(spec, n_bytes, n_ctx or spec.n_ctx).to_json(),
     }
+
+
+def open_model(path: Path) -> HfCheckpoint | GgufCheckpoint:
+    """As `open_checkpoint`, but says of a vocabulary-only GGUF what it is."""
+    try:
+        return open_checkpoint(path)
+    except InputError:
+        if path.is_file() and path.suffix == ".gguf":
+            check_has_weights(read_gguf(path))
+        raise
+
+
+def check_has_weights(gguf: GgufFile) -> None:
+    """Refuse a GGUF that holds a vocabulary only, as llama.cpp's `ggml-vocab-*.gguf` do."""
+    if not gguf.tensors:
+        raise InputError(
+            f"{gguf.path}: holds a vocabulary only (no tensors); it is for dsq tokenize and "
+            f"dsq doctor, give a file with weights here"
+        )
 
 
 def _vocabulary(checkpoint: HfCheckpoint | GgufCheckpoint) -> Vocabulary:

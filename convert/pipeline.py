@@ -168,7 +168,7 @@ def run_gguf_plan(
     sources = {p.resolve() for p in source_files(checkpoint)}
     for path in shard_paths(out, len(plan.layout.shards)):
         if path.resolve() in sources:
-            raise InputError(f"{path} is the source itself; give another -o")
+            raise InputError(f"{path} is the source itself; give another output")
         check_target(path, force=force, n_bytes=plan.layout.data_bytes)
     slabs = quantize_stream(
         gguf_jobs(checkpoint, plan.steps, plan.imatrix, made),

@@ -132,6 +132,9 @@ class Source:
         return self._llama(settings, n_batch, n_seq_max=max(1, n_batch // settings.n_ctx))
 
     def _llama(self, settings: EngineSettings, n_batch: int, n_seq_max: int) -> Engine:
+        from dsq.convert.inspect import check_has_weights
+
+        check_has_weights(self._opened)  # before llama.cpp is loaded, which says less
         from dsq.runtime.llamacpp import LlamaCppEngine
 
         self._warn_of_faults()

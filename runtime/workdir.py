@@ -44,7 +44,7 @@ class WorkDir:
         if found["settings"] != self._settings:
             raise InputError(
                 f"{self.path} holds an unfinished run with other settings (model, text, threads "
-                f"or options); repeat those to finish it, delete the folder, or give another -o"
+                f"or options); repeat those to finish it, delete the folder, or give another output"
             )
         return int(found["done"])
 
@@ -89,7 +89,7 @@ def _locked(folder: Path, out: Path) -> int:
             os.close(file)
             raise InputError(
                 f"{out} is being written by another run (it holds {folder / _LOCK}); wait for it, "
-                "or give another -o"
+                "or give another output"
             ) from None
         with suppress(FileNotFoundError):
             if (folder / _LOCK).stat().st_ino == os.fstat(file).st_ino:

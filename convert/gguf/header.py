@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from dsq.convert.files import special_kind
 from dsq.convert.json_file import shown
 from dsq.convert.tensors import TensorInfo
 from dsq.errors import InputError, UnsupportedError
@@ -71,6 +72,9 @@ class Header:
 def read_header(path: Path) -> Header:
     """Parse the header of one GGUF file; errors are those of `read_gguf`."""
     try:
+        kind = special_kind(path)
+        if kind is not None:
+            raise InputError(f"{path}: is {kind}; give a GGUF file")
         with open(path, "rb") as file:
             if file.read(4) != b"GGUF":
                 raise InputError(f"{path}: not a GGUF file (it does not begin with GGUF)")

@@ -90,7 +90,7 @@ def write_hf(
     n_bytes = sum(s.n_bytes for s in steps)
     out = out.resolve()
     if any(out in file.resolve().parents for file in source_files(checkpoint)):
-        raise InputError(f"{out} holds the source itself; give another -o")
+        raise InputError(f"{out} holds the source itself; give another output")
     check_directory(out, force=force, ours=is_model_file)
     check_space(out, n_bytes)
     vocab = checkpoint.vocabulary(pre=pre)

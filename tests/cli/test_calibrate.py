@@ -111,7 +111,7 @@ def test_make_merge_show(stats, tmp_path, capsys):
         (("make", str(HELDOUT)), "no statistics file, or damaged"),
         (("show", str(HELDOUT)), "neither an imatrix GGUF nor statistics"),
         (("show", "missing"), "No such file"),
-        (("make", "STATS", "-o", "STATS"), "exists; give another -o"),
+        (("make", "STATS", "-o", "STATS"), "exists; give another output"),
     ],
 )
 def test_imatrix_refuses(stats, capsys, args, message):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import os
+import resource
 import subprocess
 import sys
 
@@ -10,6 +13,7 @@ import pytest
 
 from dsq.cli.main import VERBS, main
 from tests.models import ROOT, TINY_CODER, write_hf
+from tests.tiny_gguf import write_tiny_gguf
 
 
 def dsq(*args, cwd=None):
@@ -156,3 +160,131 @@ def test_a_reader_that_goes_away_is_no_error():
     command = f"{sys.executable} -m dsq.cli.main inspect {TINY_CODER} | head -c 1"
     done = subprocess.run(command, shell=True, capture_output=True, text=True, cwd=ROOT)
     assert "Traceback" not in done.stderr
+
+
+ORDERS = {  # positionals, options
+    "convert": (["a"], ["-o", "x"]),
+    "calibrate": (["a"], ["-o", "x"]),
+    "imatrix merge": (["a", "b"], ["-o", "x"]),
+    "quantize": (["q4_0", "a"], ["-o", "x", "--force"]),
+    "eval": (["a"], ["--ref", "x"]),
+    "inspect": (["a"], ["-c", "16"]),
+    "verify": (["a"], ["--source", "x"]),
+    "tokenize": (["a", "text"], ["--no-bos"]),
+    "tokenizer check": (["a"], ["--fuzz", "3"]),
+    "doctor": (["a"], ["--fix", "x"]),
+    "complete": (["a"], ["-p", "x"]),
+    "chat": (["a"], ["-p", "x"]),
+    "report": (["a", "b"], ["--ref", "x"]),
+}
+
+
+def test_the_orders_are_of_every_verb():
+    assert {command.split()[0] for command in ORDERS} == set(VERBS)
+
+
+@pytest.mark.parametrize("command", ORDERS)
+def test_options_may_stand_before_between_and_after(command, monkeypatch, capsys):
+    verb, *action = command.split()
+    seen = []
+    module = importlib.import_module(f"dsq.cli.{verb}")
+    monkeypatch.setattr(module, "run", lambda args: seen.append(vars(args)) or 0)
+    positionals, options = ORDERS[command]
+    for i in range(len(positionals) + 1):
+        assert main([verb, *action, *positionals[:i], *options, *positionals[i:]]) == 0
+    assert all(args == seen[0] for args in seen)
+    assert "--typo" in fails(capsys, verb, *action, *positionals, *options, "--typo")
+
+
+def test_what_follows_two_dashes_is_no_option(capsys):
+    assert main(["tokenize", str(TINY_CODER), "--json", "--no-bos", "--", "-x"]) == 0
+    assert json.loads(capsys.readouterr().out)["text"] == "-x"
+
+
+def test_an_empty_output_name_is_told(capsys):
+    assert "-o/--output: the file's name is empty" in fails(
+        capsys, "quantize", "q8_0", TINY_CODER, "-o", ""
+    )
+
+
+def through_shell(redirection, *args):
+    command = f'"$@" {redirection}'
+    return subprocess.run(
+        ["sh", "-c", command, "sh", sys.executable, "-m", "dsq.cli.main", *map(str, args)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
+
+
+@pytest.mark.parametrize("verb", [("--help",), ("inspect",), ("tokenize", "-")])
+def test_closed_standard_output_is_one_line(verb):
+    done = through_shell(">&-", verb[0], TINY_CODER, *verb[1:])
+    assert done.returncode == 1
+    assert done.stderr.startswith("dsq: error: standard output is closed")
+    assert done.stderr.count("\n") == 1
+
+
+def test_closed_standard_error_spoils_no_output(tmp_path):
+    done = through_shell("2>&-", "inspect", TINY_CODER, "--json")
+    assert done.returncode == 0
+    json.loads(done.stdout)
+    done = through_shell("2>&-", "inspect", tmp_path / "none")
+    assert (done.returncode, done.stdout) == (2, "")
+
+
+@pytest.mark.parametrize("verb", ["inspect", "tokenize", "tokenize --lines", "--help"])
+def test_an_output_that_cannot_be_written_is_a_failure(tmp_path, verb):
+    """The limit of a file's size, as a full disk's stand-in."""
+    lines = tmp_path / "lines"
+    lines.write_text('"def"\n')
+    args = {
+        "inspect": ["inspect", TINY_CODER],
+        "tokenize": ["tokenize", TINY_CODER, "def"],
+        "tokenize --lines": ["tokenize", TINY_CODER, "--lines", lines],
+        "--help": ["quantize", "--help"],
+    }[verb]
+    with open(tmp_path / "out", "wb") as out:
+        done = subprocess.run(
+            [sys.executable, "-B", "-m", "dsq.cli.main", *map(str, args)],
+            stdout=out,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+            env={k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"},
+            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0)),
+        )
+    assert done.returncode == 1
+    assert done.stderr == "dsq: error: cannot write the output: File too large\n"
+
+
+def test_a_pipe_is_no_model(tmp_path, capsys):
+    pipe = tmp_path / "m.gguf"
+    os.mkfifo(pipe)
+    for verb in (["doctor", pipe], ["complete", pipe, "-p", "x"]):
+        assert "is a pipe" in fails(capsys, *verb)
+
+
+def test_a_vocabulary_alone_is_told(tmp_path, capsys):
+    import gguf
+
+    whole, vocabulary = tmp_path / "whole.gguf", tmp_path / "vocab.gguf"
+    write_tiny_gguf(whole)
+    writer = gguf.GGUFWriter(vocabulary, "llama")
+    for name, field in gguf.GGUFReader(whole).fields.items():
+        if not name.startswith("GGUF.") and name != "general.architecture":
+            is_array = field.types[0] == gguf.GGUFValueType.ARRAY
+            kind = field.types[-1] if is_array else None
+            writer.add_key_value(name, field.contents(), field.types[0], kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    assert main(["tokenize", str(vocabulary), "x"]) == 0
+    for verb in (["inspect", vocabulary], ["complete", vocabulary, "-p", "x"]):
+        assert "holds a vocabulary only (no tensors)" in fails(capsys, *verb)
+
+
+def test_a_directory_without_weights_names_what_is_looked_for(tmp_path, capsys):
+    source = write_hf(tmp_path / "hf")
+    (source / "model.safetensors").unlink()
+    assert "expected model.safetensors or pytorch_model.bin" in fails(capsys, "inspect", source)

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import errno
+import os
+import shutil
+import socket
+import stat
+from types import SimpleNamespace
 
 import pytest
 
@@ -102,7 +107,7 @@ def test_targets_are_checked_before_any_work(tmp_path):
     out = tmp_path / "x.gguf"
     with pytest.raises(InputError, match="is not a folder"):
         check_target(tmp_path / "none" / "x.gguf", force=False)
-    with pytest.raises(InputError, match=r"GiB free, but x\.gguf needs"):
+    with pytest.raises(InputError, match=r"GiB free, but x\.gguf needs 1073741824\.0 GiB"):
         check_target(out, force=False, n_bytes=1 << 60)
     with pytest.raises(InputError, match="is a directory"):
         check_target(tmp_path, force=True)
@@ -110,3 +115,49 @@ def test_targets_are_checked_before_any_work(tmp_path):
     with pytest.raises(InputError, match="--force"):
         check_target(out, force=False)
     check_target(out, force=True)
+
+
+def make_special(path, kind):
+    """A pipe or the like in a temporary folder: never try this on a real device."""
+    if kind == "a pipe":
+        os.mkfifo(path)
+    elif kind == "a socket":
+        with socket.socket(socket.AF_UNIX) as server:
+            server.bind(os.path.relpath(path))  # its name may have 107 bytes
+    else:
+        path.mkdir()
+
+
+@pytest.mark.parametrize("kind", ["a pipe", "a socket", "a directory"])
+@pytest.mark.parametrize("linked", [False, True])
+def test_what_is_no_file_is_never_replaced(tmp_path, monkeypatch, kind, linked):
+    monkeypatch.chdir(tmp_path)
+    special, link = tmp_path / "special", tmp_path / "link"
+    make_special(special, kind)
+    link.symlink_to(special)
+    before = special.stat()
+    out = link if linked else special
+    with pytest.raises(InputError, match=f"is {kind} and is not replaced"):
+        check_target(out, force=True)
+    with pytest.raises(InputError, match=f"is {kind}"), atomic_files([out]):
+        pytest.fail("began to write")
+    assert link.is_symlink()
+    assert (special.stat().st_ino, special.stat().st_mode) == (before.st_ino, before.st_mode)
+    assert names(tmp_path) == ["link", "special"]
+
+
+def test_a_link_to_a_file_is_replaced_and_the_file_stays(tmp_path):
+    real, link = tmp_path / "real", tmp_path / "link"
+    real.write_text("old")
+    link.symlink_to(real)
+    check_target(link, force=True)
+    with atomic_files([link]) as (temporary,):
+        temporary.write_text("new")
+    assert stat.S_ISREG(link.lstat().st_mode)
+    assert (link.read_text(), real.read_text()) == ("new", "old")
+
+
+def test_little_space_is_told_in_a_fitting_unit(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=3 << 10))
+    with pytest.raises(InputError, match=r"has 3\.0 KiB free, but x needs 5\.0 MiB"):
+        check_target(tmp_path / "x", force=False, n_bytes=5 << 20)

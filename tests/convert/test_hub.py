@@ -150,7 +150,14 @@ except DsqError as error:
 
 
 def run(
-    home: Path, hub: Hub, source: str, *, revision: str = "", offline: bool = False, **env: str
+    home: Path,
+    hub: Hub,
+    source: str,
+    *,
+    revision: str = "",
+    offline: bool = False,
+    cwd: Path | None = None,
+    **env: str,
 ) -> tuple[int, str]:
     """Exit code and output: the path, or the error."""
     environ = {
@@ -166,6 +173,7 @@ def run(
     done = subprocess.run(
         [sys.executable, "-c", CODE, source, revision, "offline" if offline else ""],
         env=environ,
+        cwd=cwd,
         capture_output=True,
         text=True,
         timeout=120,
@@ -232,7 +240,7 @@ def test_gguf_by_quant_file_and_alone(hub: Hub, tmp_path: Path) -> None:
         ("org/gguf:q5_0", "org/gguf has no GGUF named after q5_0; give one of org/gguf/big/m-F16"),
         ("org/gguf/x.gguf", "org/gguf has no file x.gguf; give one of"),
         ("org/empty", "org/empty has no weights (*.safetensors, *.bin or *.gguf); check the name"),
-        ("models/a/b", "models/a/b: there is no such file or directory, and a hub id is written"),
+        ("none/a/b", "none/a/b: there is no such file or directory, and a hub id is written"),
     ],
 )
 def test_input_errors(hub: Hub, source: str, message: str, tmp_path: Path) -> None:
@@ -259,8 +267,8 @@ def test_offline_and_not_cached(hub: Hub, tmp_path: Path) -> None:
 def test_network_failure(tmp_path: Path) -> None:
     code, text = run(tmp_path, Hub("http://127.0.0.1:1"), "org/hf")
     assert code == 1
-    assert "the download failed (" in text
-    assert "check the network and the disk" in text
+    assert "no such path here, and the download failed (" in text
+    assert "check the name, or the network and the disk" in text
 
 
 def test_server_error(hub: Hub, tmp_path: Path) -> None:
@@ -276,6 +284,26 @@ def test_local_paths_are_returned_as_given(tmp_path: Path, monkeypatch: pytest.M
     for typo in ("none.gguf", "./org/none", "/org/hf", "../x/y", "none/", "org/hf:", "C:\\m.gguf"):
         with pytest.raises(InputError, match="no such file or directory"):
             resolve(typo)
+
+
+@pytest.mark.parametrize("typo", ["w/x.gguf", "w/x.safetensors", "here/x", "here/a/b.gguf", "~/x"])
+def test_what_can_only_be_a_path_is_not_asked_for(
+    typo: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    with pytest.raises(InputError, match="no such file or directory") as error:
+        resolve(typo)
+    assert ("https://hf.co/here" in str(error.value)) == typo.startswith("here/")
+
+
+def test_a_folder_of_the_organizations_name_does_not_hide_the_hub(hub: Hub, tmp_path: Path) -> None:
+    (tmp_path / "org").mkdir()
+    code, text = run(tmp_path, hub, "org/one", cwd=tmp_path)
+    assert (code, hub.requests) == (2, [])
+    assert text.endswith("https://hf.co/org/one")
+    code, path = run(tmp_path, hub, "https://hf.co/org/one", cwd=tmp_path)
+    assert (code, Path(path).name) == (0, "a.gguf")
 
 
 @pytest.mark.parametrize(

@@ -374,7 +374,7 @@ def test_two_runs_on_one_output(model: Path, tmp_path: Path) -> None:
 def test_an_output_that_exists_is_kept(model: Path, tmp_path: Path) -> None:
     out = tmp_path / "s"
     out.write_text("mine")
-    with pytest.raises(InputError, match="exists; give another -o, or --force"):
+    with pytest.raises(InputError, match="exists; give another output, or --force"):
         calibrate(model, out, windows(model), options=FEW)
     calibrate(model, out, windows(model), options=FEW, force=True)
     assert read_stats(out)
@@ -385,7 +385,7 @@ def test_a_disk_too_small_is_told_first(
 ) -> None:
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(atomic.shutil, "disk_usage", lambda _: usage._replace(free=1000))
-    with pytest.raises(InputError, match="free some space or give another -o"):
+    with pytest.raises(InputError, match="free some space or give another output"):
         calibrate(model, tmp_path / "s", windows(model), options=FEW)
     assert not list(tmp_path.iterdir())
 

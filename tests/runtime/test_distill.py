@@ -37,7 +37,7 @@ def quantized(folder: Path, name: str, source: Path = TINY_CODER) -> Path:
 def windows() -> np.ndarray:
     """From the first half of the held-out text; the second half judges."""
     tokenizer = Tokenizer.from_vocabulary(open_checkpoint(TINY_CODER).vocabulary())
-    return cut(tokenizer.encode(HELDOUT[:HALF]), N_CTX, bos=tokenizer.vocab.bos, chunks=72).ids
+    return cut(tokenizer.encode(HELDOUT[:HALF]), N_CTX, bos=tokenizer.vocab.bos, chunks=44).ids
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,7 @@ def distilled(
 
 def kld(model: Path, ref: Path) -> float:
     measured = evaluate(
-        model, texts=[HELDOUT[HALF:]], ref=ref, n_ctx=N_CTX, chunks=16, use_cache=False
+        model, texts=[HELDOUT[HALF:]], ref=ref, n_ctx=N_CTX, chunks=10, use_cache=False
     )
     assert measured.drift.kld_mean is not None
     return measured.drift.kld_mean
@@ -91,7 +91,7 @@ def test_the_report_is_of_the_file_that_was_written(
 
 
 def test_computing_layers_again_changes_nothing(tmp_path: Path, windows: np.ndarray) -> None:
-    few = windows[:16]
+    few = windows[:8]
     file = quantized(tmp_path, "q4_k_m")
     for name, n_bytes in (("kept", 1 << 40), ("again", 0)):
         report = distill(
