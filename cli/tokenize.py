@@ -6,27 +6,27 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from dsq.cli import common
-from dsq.errors import InputError
+from dsq.errors import DsqError, InputError
 
 if TYPE_CHECKING:
     from dsq.tokenizer_port.tokenizer import Tokenizer
-    from dsq.tokenizer_port.vocabulary import Vocabulary
 
 MOST_BYTES = 16 << 20  # a text: the tokenizers library takes up to 400 bytes of memory for one
 
 DESCRIPTION = f"""\
-Show the tokens of a text: ids and pieces, side by side. What looks like a control token in the
-text stays text (--special makes it one).
+Show the tokens of a text: ids and pieces, side by side. What looks like a
+control token in the text stays text (--special makes it one).
 
-A piece is the text of one token. A byte that makes no character within its token is shown as
-<0xE4>; the table also shows a space as ␣ and escapes what does not print. With --json, "text" is
-the decoding: the pieces' bytes together, without the BOS in front. A text, or a line of --lines,
-may have {MOST_BYTES >> 20} MiB."""
+A piece is the text of one token. A byte that makes no character within its
+token is shown as <0xE4>; the table also shows a space as ␣ and escapes what
+does not print. With --json, "text" is the decoding: the pieces' bytes together,
+without the BOS in front. A text, or a line of --lines, may have {MOST_BYTES >> 20} MiB."""
 EXAMPLE = """dsq tokenize coder-q4_0.gguf "def quicksort("
   dsq tokenize ./deepseek-coder-1.3b-base --lines texts.jsonl > tokens.jsonl"""
 
@@ -50,6 +50,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--special", action="store_true", help="texts of control tokens become the tokens"
     )
+    parser.add_argument(
+        "--pre",
+        metavar="NAME",
+        help="llama.cpp's name of the pre-tokenizer, where none is known (a tokenizer.json in "
+        "MODEL goes before it)",
+    )
     common.add_hub(parser)
     common.add_json(parser)
 
@@ -58,11 +64,11 @@ def run(args: argparse.Namespace) -> int:
     given = [args.text, args.fim, args.chat, args.lines]
     if sum(value is not None for value in given) != 1:
         raise InputError("give one of TEXT, --fim PREFIX SUFFIX, --chat JSON, --lines FILE")
+    for what, value in _arguments(args):
+        _check_bytes(what, value)
     text = _standard_input() if args.text == "-" else args.text
     messages = None if args.chat is None else _messages(args.chat)
-    from dsq.tokenizer_port.tokenizer import Tokenizer
-
-    tok = Tokenizer.from_vocabulary(_vocabulary(common.local_model(args.model, args)))
+    tok = _tokenizer(common.local_model(args.model, args), args.pre)
     how: dict[str, Any] = {
         "add_bos": False if args.no_bos else None,
         "parse_special": args.special,
@@ -88,30 +94,29 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _vocabulary(path: Path) -> Vocabulary:
-    """Of a directory of any architecture, with weights or without, or of a GGUF."""
-    if not (path / "tokenizer.json").is_file():
-        from dsq.runtime.source import Source
+def _tokenizer(model: Path, pre: str | None) -> Tokenizer:
+    from dsq.runtime.read_vocabulary import named, read_vocabulary
+    from dsq.tokenizer_port.tokenizer import Tokenizer
 
-        return Source(path).vocabulary
-    from dsq.tokenizer_port.hf_settings import read_json
-    from dsq.tokenizer_port.load import load_hf
-
-    config = read_json(path / "config.json")
-    rows = config.get("vocab_size")
-    if not isinstance(rows, int) or not 0 < rows <= common.MOST:
-        rows = _count_rows(read_json(path / "tokenizer.json"))
-    generation_config = read_json(path / "generation_config.json")
-    return load_hf(path, rows, config=config, generation_config=generation_config)
+    vocab = read_vocabulary(model, pre=pre, allow_default=True)
+    return named(model, lambda: Tokenizer.from_vocabulary(vocab))
 
 
-def _count_rows(definition: dict[str, Any]) -> int:
-    """Where no config.json says it. What is malformed counts for nothing: `load_hf` refuses it."""
-    model, added = definition.get("model"), definition.get("added_tokens")
-    vocab = model.get("vocab") if isinstance(model, dict) else None
-    ids = list(vocab.values()) if isinstance(vocab, dict) else []
-    ids += [entry.get("id") for entry in added or [] if isinstance(entry, dict)]
-    return 1 + max((i for i in ids if isinstance(i, int) and i < common.MOST), default=0)
+def _arguments(args: argparse.Namespace) -> Iterator[tuple[str, str]]:
+    """The texts on the command line, with their names."""
+    prefix, suffix = args.fim or (None, None)
+    given = (("TEXT", args.text), ("PREFIX", prefix), ("SUFFIX", suffix), ("--chat", args.chat))
+    return ((what, value) for what, value in given if value is not None)
+
+
+def _check_bytes(what: str, value: str) -> None:
+    """Python keeps a byte of the command line that is no UTF-8 as U+DC80 and on."""
+    for i, char in enumerate(value):
+        if "\udc80" <= char <= "\udcff":
+            raise InputError(
+                f"{what}: is not UTF-8: character {i} is the byte 0x{ord(char) - 0xDC00:02X}; "
+                "convert it to UTF-8"
+            )
 
 
 # Reading
@@ -165,27 +170,40 @@ def _lines(tok: Tokenizer, name: str, how: dict[str, Any]) -> None:
     """One line in memory at a time; each answer is flushed, for a program at the other end."""
     from dsq.tokenizer_port.json_file import brief
 
+    what = "standard input" if name == "-" else name
+    with _opened(name) as file:
+        for where, raw in _numbered(file, what):
+            text = _parsed(_utf8(raw, where), where)
+            if not isinstance(text, str):
+                raise InputError(f"{where}: is {brief(text)}; a JSON string is needed")
+            try:
+                ids = tok.encode(text, **how)
+            except InputError as error:
+                raise InputError(f"{where}: {error}") from error
+            _print_json(tok, ids)
+
+
+def _opened(name: str) -> AbstractContextManager[BinaryIO]:
+    if name == "-":
+        return nullcontext(_stdin())
     try:
-        with nullcontext(_stdin()) if name == "-" else open(name, "rb") as file:
-            for where, raw in _numbered(file, "standard input" if name == "-" else name):
-                text = _parsed(_utf8(raw, where), where)
-                if not isinstance(text, str):
-                    raise InputError(f"{where}: is {brief(text)}; a JSON string is needed")
-                try:
-                    ids = tok.encode(text, **how)
-                except InputError as error:
-                    raise InputError(f"{where}: {error}") from error
-                _print_json(tok, ids)
+        return open(name, "rb")
     except OSError as error:
-        if isinstance(error, BrokenPipeError):
-            raise
-        raise InputError(f"{name}: cannot read it: {error.strerror}") from error
+        raise _unreadable(name, error) from error
+
+
+def _unreadable(name: str, error: OSError) -> InputError:
+    return InputError(f"{name}: cannot read it: {error.strerror or error}")
 
 
 def _numbered(file: BinaryIO, name: str) -> Iterator[tuple[str, bytes]]:
-    number = 0
-    while raw := file.readline(MOST_BYTES + 1):
-        number += 1
+    for number in count(1):
+        try:
+            raw = file.readline(MOST_BYTES + 1)
+        except OSError as error:
+            raise _unreadable(name, error) from error
+        if not raw:
+            return
         if len(raw) > MOST_BYTES:
             raise InputError(f"{name}: line {number}: {_TOO_LONG}")
         yield f"{name}: line {number}", raw
@@ -204,18 +222,29 @@ def _print_json(tok: Tokenizer, ids: list[int]) -> None:
     report = {"ids": ids, "pieces": list(map(tok.piece, ids)), "text": _decoded(tok, ids)}
     # Where the terminal's encoding lacks a character, main prints `?` for it.
     unicode = (sys.stdout.encoding or "").lower() in ("utf-8", "utf8")
-    print(json.dumps(report, ensure_ascii=not unicode), flush=True)
+    _write(json.dumps(report, ensure_ascii=not unicode) + "\n")
 
 
 def _print_table(tok: Tokenizer, ids: list[int]) -> None:
     from dsq.tokenizer_port.vocabulary import TokenType
 
     width = len(str(max(ids, default=0)))
+    lines = []
     for token in ids:
         kind = TokenType(tok.vocab.types[token])
         mark = "" if kind == TokenType.NORMAL else f"  ({kind.name.lower().replace('_', '-')})"
-        print(f"{token:>{width}}  {_visible(tok.piece(token))}{mark}")
-    print(f"{len(ids)} token{'s' * (len(ids) != 1)}", flush=True)
+        lines.append(f"{token:>{width}}  {_visible(tok.piece(token))}{mark}\n")
+    _write("".join(lines) + f"{len(ids)} token{'s' * (len(ids) != 1)}\n")
+
+
+def _write(text: str) -> None:
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise  # the reader has enough
+    except OSError as error:
+        raise DsqError(f"cannot write the output: {error.strerror or error}") from error
 
 
 def _visible(piece: str) -> str:

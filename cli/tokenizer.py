@@ -12,36 +12,62 @@ if TYPE_CHECKING:
     from dsq.runtime.tokenizer_check import Finding, Report, Tokens
 
 DESCRIPTION = (
-    "check: encode texts with Hugging Face's tokenizers library, with dsq and with llama.cpp\n"
-    "itself, and compare. MODEL is a directory with a tokenizer.json, of which dsq writes a GGUF\n"
-    "without weights, or a GGUF. The texts: a built-in corpus, files, random Unicode.\n"
-    "The first mismatch is shown in its smallest form, with the code points to blame.\n"
-    "Exit code 1 on any mismatch. docs/tokenizer.md lists where llama.cpp itself differs."
+    "check: encode texts with Hugging Face's tokenizers library, with dsq and with\n"
+    "llama.cpp itself, and compare. MODEL is a directory with a tokenizer.json, of\n"
+    "which dsq writes a GGUF without weights, or a GGUF. The texts: a built-in\n"
+    "corpus, files, random Unicode. The first mismatch is shown in its smallest\n"
+    "form, with the code points to blame. Exit code 1 on any mismatch.\n"
+    "docs/tokenizer.md lists where llama.cpp itself differs."
 )
-EXAMPLE = "dsq tokenizer check ./deepseek-coder-1.3b-base --against coder-q4_k_m.gguf --fuzz 2000"
+EXAMPLE = "dsq tokenizer check ./deepseek-coder-1.3b-base --fuzz 2000"
 
 _MOST_FUZZ = 10_000_000
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("action", choices=("check",))
-    parser.add_argument("model", metavar="MODEL", help=".gguf, directory or hub id")
-    parser.add_argument(
+    # Behind a word of its own, so that MODEL may be left out and may follow an option.
+    actions = parser.add_subparsers(dest="action", required=True, metavar="check")
+    check = actions.add_parser(
+        "check",
+        help="its options: dsq tokenizer check --help",
+        description=parser.description,
+        epilog=parser.epilog,
+        formatter_class=parser.formatter_class,
+    )
+    common.add_source(check, "model", ".gguf, directory or hub id")
+    check.add_argument(
         "--against", metavar="GGUF", type=Path, help="let llama.cpp read this file's vocabulary"
     )
-    parser.add_argument(
-        "--text", metavar="FILE", type=Path, nargs="+", default=[], help="UTF-8 text to compare"
+    check.add_argument(
+        "--text",
+        metavar="FILE",
+        type=Path,
+        nargs="+",
+        action="extend",
+        default=[],
+        help="UTF-8 text to compare",
     )
-    parser.add_argument(
+    check.add_argument(
         "--fuzz",
         metavar="N",
         type=_count,
         default=0,
         help="random texts, weighted to where regex engines and Unicode tables disagree",
     )
-    parser.add_argument("--seed", metavar="S", type=int, default=0, help="of the random texts")
-    common.add_hub(parser)
-    common.add_json(parser)
+    check.add_argument("--seed", metavar="S", type=int, default=0, help="of the random texts")
+    check.add_argument(
+        "--pre", metavar="NAME", help="llama.cpp's name of the pre-tokenizer, where none is known"
+    )
+    common.add_hub(check)
+    common.add_json(check)
+
+
+def _take_model(args: argparse.Namespace) -> None:
+    """`--text a.txt MODEL`: the option takes all it can get, the model as well."""
+    if args.model is None and args.text:
+        last = args.text[-1]
+        if last.suffix == ".gguf" or last.is_dir():
+            args.model = str(args.text.pop())
 
 
 def _count(text: str) -> int:
@@ -51,8 +77,16 @@ def _count(text: str) -> int:
 def run(args: argparse.Namespace) -> int:
     from dsq.runtime.tokenizer_check import check
 
+    _take_model(args)
     model = common.local_model(args.model, args)
-    report = check(model, against=args.against, files=args.text, fuzz=args.fuzz, seed=args.seed)
+    report = check(
+        model,
+        against=args.against,
+        files=args.text,
+        fuzz=args.fuzz,
+        seed=args.seed,
+        pre=args.pre,
+    )
     if args.json:
         common.print_json(_json(report, args))
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import warnings
 from dataclasses import dataclass
 from functools import cached_property
@@ -77,7 +78,8 @@ class Source:
             count = "a fault" if len(faults) == 1 else f"{len(faults)} faults"
             warnings.warn(
                 f"{self.path}: {count} of its conversion change{'s' * (len(faults) == 1)} what it "
-                f"answers: {faults[0].wrong}; see and mend: dsq doctor {self.path} --fix OUT",
+                f"answers: {faults[0].wrong}; see and mend: "
+                f"dsq doctor {shlex.quote(str(self.path))} --fix OUT",
                 stacklevel=2,
             )
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from dsq.errors import InputError
+from dsq.runtime.read_vocabulary import named, read_vocabulary
 from dsq.tokenizer_port.corpus import corpus
 from dsq.tokenizer_port.fuzz import random_texts
 from dsq.tokenizer_port.json_file import brief
@@ -24,8 +25,6 @@ from dsq.tokenizer_port.vocabulary import TokenType, Vocabulary, pad_token
 if TYPE_CHECKING:
     import tokenizers
 
-    from dsq.convert.gguf.reader import GgufFile
-
 Encode = Callable[[str], list[int]]
 Tokens = tuple[tuple[int, str], ...]
 """Ids with their pieces."""
@@ -35,7 +34,6 @@ _STACK = 256 << 20  # bytes; room for a match of 800,000 characters in llama.cpp
 _LONGEST = 500_000  # characters without a line end, or of nothing but white space
 _PIECE = 4096  # characters of a file compared at once
 _WHOLE = 4 << 20  # a longer file is compared in pieces only
-_MOST_ROWS = 1 << 24
 _EXPLAINED = 20  # mismatches that are shrunk to find what is to blame
 
 
@@ -85,18 +83,22 @@ def check(
     files: Sequence[Path] = (),
     fuzz: int = 0,
     seed: int = 0,
+    pre: str | None = None,
 ) -> Report:
     """Compare over the built-in corpus, `files` and `fuzz` random texts.
 
-    `model`: a directory with a tokenizer.json, or a GGUF. Texts of control tokens become the
-    tokens in both. Raises InputError for what cannot be read, and where `against` has another
-    vocabulary.
+    `model`: a directory with a tokenizer.json, or a GGUF; `pre`: its pre-tokenizer by the user's
+    word, where it names none (llama.cpp still reads a GGUF as it is). Texts of control tokens
+    become the tokens in both. Raises InputError for what cannot be read, and where `against` has
+    another vocabulary.
     """
-    vocab = read_vocabulary(model)
+    vocab = read_vocabulary(model, pre=pre)
     if against is not None:
         _check_same(model, vocab, against)
     texts = [Text(f"corpus {i}", text) for i, text in enumerate(corpus(vocab))]
     notes: list[str] = []
+    if pre is not None and against is None and model.is_file():
+        notes.append(f"--pre {pre} is what HF and dsq go by; llama.cpp reads {model} as it is")
     for path in files:
         found, note = _texts_of(path)
         texts += found
@@ -121,8 +123,15 @@ def _check(
         ids: list[int] = library.encode(text, add_special_tokens=False).ids
         return ids
 
+    control = tokenizer.control_texts.pattern
+
     def own(text: str) -> list[int]:
-        return tokenizer.encode(text, add_bos=False, parse_special=True)
+        """dsq's tokens. A text without control tokens is a user's too: that must make no odds."""
+        ids = tokenizer.encode(text, add_bos=False, parse_special=True)
+        if control.search(text):
+            return ids
+        plain = tokenizer.encode(text, add_bos=False)
+        return plain if plain != ids and ids == hf(text) else ids
 
     with ExitStack() as stack:
         if against is not None or model.is_file():
@@ -176,64 +185,15 @@ def _check(
     )
 
 
-def read_vocabulary(model: Path) -> Vocabulary:
-    """Of a GGUF, or of a directory with a tokenizer.json; weights and config.json may lack."""
-    if not model.exists():
-        raise InputError(f"{model}: no such file or directory; give a model directory or a .gguf")
-    if model.is_file():
-        from dsq.tokenizer_port.load import vocabulary_from_gguf
-
-        return _named(model, lambda: vocabulary_from_gguf(_read_gguf(model).metadata))
-    from dsq.tokenizer_port.json_file import expect, read_object
-    from dsq.tokenizer_port.load import load_hf
-
-    configs = [model / name for name in ("config.json", "generation_config.json")]
-    config, generation = (read_object(path) if path.is_file() else {} for path in configs)
-    rows = config.get("vocab_size")
-    if rows is None:
-        path = model / "tokenizer.json"
-        rows = _token_count(path) if path.is_file() else 1  # load_hf says what is missing
-    elif not 0 < expect(rows, int, f"{configs[0]}: vocab_size") <= _MOST_ROWS:
-        raise InputError(
-            f"{configs[0]}: vocab_size is {rows}; a number of rows up to {_MOST_ROWS} is needed"
-        )
-    return load_hf(model, rows, config=config, generation_config=generation)
-
-
-def _token_count(path: Path) -> int:
-    """The rows that a tokenizer.json asks for, where no config.json says how many there are."""
-    from dsq.tokenizer_port.definition import added_entries, check_definition
-    from dsq.tokenizer_port.json_file import read_object
-
-    definition = read_object(path)
-    check_definition(definition, str(path))
-    added = [entry["id"] for entry in added_entries(definition, str(path))]
-    return 1 + int(max([*definition["model"]["vocab"].values(), *added]))
-
-
-def _read_gguf(path: Path) -> GgufFile:
-    from dsq.convert.gguf.reader import read_gguf
-
-    return read_gguf(path)
-
-
-def _named(path: Path, read: Callable[[], T]) -> T:
-    try:
-        return read()
-    except InputError as error:
-        if str(path) in str(error):
-            raise
-        raise type(error)(f"{path}: {error}") from error
-
-
 def _check_same(model: Path, vocab: Vocabulary, against: Path) -> None:
     """Other tokens under the same ids cannot be compared; other rules and types can."""
+    from dsq.convert.gguf.reader import read_gguf
     from dsq.tokenizer_port.load import vocabulary_from_gguf
 
     if not against.is_file():
         raise InputError(f"--against {against}: no such file; give a .gguf")
-    theirs = _named(
-        against, lambda: vocabulary_from_gguf(_read_gguf(against).metadata, allow_default=True)
+    theirs = named(
+        against, lambda: vocabulary_from_gguf(read_gguf(against).metadata, allow_default=True)
     )
     for i in range(max(len(vocab.tokens), len(theirs.tokens))):
         ours, other = _token(vocab, i), _token(theirs, i)

@@ -40,8 +40,10 @@ def check_definition(tokenizer: Mapping[str, Any], where: str) -> None:
         what = f"{where}: added_tokens[{i}]"
         expect(entry, dict, what)
         expect(entry.get("id"), int, f"{what}.id")
-        expect(entry.get("content"), str, f"{what}.content")
+        if not expect(entry.get("content"), str, f"{what}.content"):
+            raise InputError(f"{what}.content is ''; a token has a text: remove the entry")
         optional(entry.get("special"), bool, f"{what}.special")
+    optional(tokenizer.get("decoder"), dict, f"{where}: decoder")
     chain_of(tokenizer, where)
     processors(tokenizer, where)
 

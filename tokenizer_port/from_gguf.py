@@ -182,11 +182,12 @@ def _pre(metadata: Mapping[str, Any], tokenizer_json: str | None) -> str | None:
 
 
 def _no_pre(metadata: Mapping[str, Any], index: Mapping[str, int]) -> InputError:
-    guess = "deepseek-coder" if "<｜fim▁hole｜>" in index and "û" in index else "NAME"
+    known = "<｜fim▁hole｜>" in index and "û" in index
+    guess, again = ("deepseek-coder", "") if known else ("NAME", " --pre NAME")
     return InputError(
         f"{_PREFIX}pre: is {metadata.get(_PREFIX + 'pre')!r}, as in files made before April 2024: "
         "every current runtime would tokenize wrongly; say which pre-tokenizer it is with "
-        f"--pre {guess}, or mend the file first: dsq doctor FILE --fix OUT"
+        f"--pre {guess}, or mend the file first: dsq doctor FILE --fix OUT{again}"
     )
 
 

@@ -61,8 +61,7 @@ def load_hf(
     text = _read_tokenizer_json(path)
     tokenizer = parse_object(text, str(path))
     settings = read_settings(directory / "tokenizer_config.json")
-    _check_model(path, tokenizer)
-    check_definition(tokenizer, str(path))
+    check_tokenizer(tokenizer, path)
 
     added = _added_tokens(path, tokenizer)
     missing = _missing_added(directory, settings, added)
@@ -109,6 +108,10 @@ def load_hf(
 def _read_tokenizer_json(path: Path) -> str:
     if path.is_file():
         return read_text(path)
+    if path.is_dir():
+        raise InputError(
+            f"{path}: is a directory; put the file tokenizer.json of the model in its place"
+        )
     if any((path.parent / name).is_file() for name in ("tokenizer.model", "spiece.model")):
         raise UnsupportedError(
             f"{path}: not found, and a SentencePiece tokenizer.model alone is not supported; save "
@@ -117,19 +120,27 @@ def _read_tokenizer_json(path: Path) -> str:
     raise InputError(f"{path}: not found; copy tokenizer.json from the model it was made from")
 
 
-def _check_model(path: Path, tokenizer: Mapping[str, Any]) -> None:
-    """Refuse what is well formed, but no byte-level BPE."""
+def check_tokenizer(tokenizer: Mapping[str, Any], path: Path) -> None:
+    """Raise InputError for a malformed definition, UnsupportedError for no byte-level BPE."""
     model = expect(tokenizer.get("model"), dict, f"{path}: model")
     kind = model.get("type", "BPE")  # files of tokenizers < 0.10 do not say it
     if kind != "BPE":
         raise UnsupportedError(
             f"{path}: model.type is {brief(kind)}; only byte-level BPE is supported"
         )
-    steps = json.dumps([tokenizer.get("normalizer"), tokenizer.get("pre_tokenizer")])
-    if model.get("byte_fallback") or "ByteLevel" not in steps:
+    check_definition(tokenizer, str(path))
+    chain = [tokenizer.get("normalizer"), tokenizer.get("pre_tokenizer")]
+    steps = json.dumps(chain, ensure_ascii=False)
+    if model.get("byte_fallback") or ("ByteLevel" not in steps and "▁" in steps):
         raise UnsupportedError(
             f"{path}: is SentencePiece-style BPE (byte_fallback, as in Llama 2 and CodeLlama); "
             "only byte-level BPE is supported: convert this model with llama.cpp's own converter"
+        )
+    if "ByteLevel" not in steps:
+        raise UnsupportedError(
+            f"{path}: no step of normalizer and pre_tokenizer is ByteLevel (pre_tokenizer is "
+            f"{brief(chain[1])}); only byte-level BPE is supported: if the file was edited, "
+            "download it again"
         )
 
 
@@ -147,6 +158,8 @@ def _added_tokens(path: Path, tokenizer: Mapping[str, Any]) -> dict[str, _Added]
 
 
 def _add(path: Path, found: dict[str, _Added], token: _Added) -> None:
+    if not token.text:
+        raise InputError(f"{path}: the added token {token.id} has no text; remove the entry")
     earlier = found.setdefault(token.text, token)
     if earlier.id != token.id:
         raise InputError(

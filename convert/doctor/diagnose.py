@@ -9,6 +9,7 @@ from dsq.convert.doctor.facts import TEMPLATE, TOKENIZER, Facts
 from dsq.convert.doctor.family import Family, recognise_family
 from dsq.convert.doctor.findings import Diagnosis, Finding, mended_entries
 from dsq.convert.doctor.rope import check_rope
+from dsq.convert.doctor.scope import areas
 from dsq.convert.doctor.special_ids import check_ids
 from dsq.convert.doctor.template import check_template
 from dsq.convert.doctor.vocabulary import check_pre, check_types
@@ -16,6 +17,7 @@ from dsq.errors import InputError
 from dsq.tokenizer_port.json_file import brief
 from dsq.tokenizer_port.load import vocabulary_from_gguf
 from dsq.tokenizer_port.pretokenize import checked_name
+from dsq.tokenizer_port.to_hf import tokenizer_json
 
 
 def diagnose(
@@ -38,9 +40,17 @@ def diagnose(
             raise InputError(f"--pre {pre}: the file has no byte-level BPE; leave --pre out")
     family = recognise_family(facts)
     findings = tuple(_findings(facts, family, pre, thorough))
-    if thorough and facts.is_bpe:
+    if thorough and facts.text(TOKENIZER + "model") == "gpt2":
         findings += tuple(_unreadable(metadata, findings))
-    return Diagnosis(family.pre if family else None, _evidence(facts, family), findings)
+    evidence = _evidence(facts, family)
+    scope = tuple(areas(facts, family, evidence, pre))
+    return Diagnosis(
+        family=family.pre if family else None,
+        evidence=evidence,
+        findings=findings,
+        examined=tuple(area.what for area in scope if area.unless is None),
+        not_examined=tuple(f"{area.what} ({area.unless})" for area in scope if area.unless),
+    )
 
 
 def _findings(
@@ -64,7 +74,9 @@ def _evidence(facts: Facts, family: Family | None) -> str:
         return "the vocabulary is none that dsq knows by its tokens"
     if model is None:
         return "the file has no tokenizer"
-    return f"the tokenizer is {brief(model)}, no byte-level BPE: it is not looked into"
+    if model == "gpt2":
+        return f"{TOKENIZER}tokens is absent, empty or no list of texts"
+    return f"the tokenizer is {brief(model)}, no byte-level BPE"
 
 
 def _unreadable(metadata: Mapping[str, Any], findings: tuple[Finding, ...]) -> Iterator[Finding]:
@@ -72,7 +84,9 @@ def _unreadable(metadata: Mapping[str, Any], findings: tuple[Finding, ...]) -> I
     types = dict.fromkeys(metadata, (0, None))  # not looked at
     mended = {entry.key: entry.value for entry in mended_entries(metadata, types, findings)}
     try:
-        vocabulary_from_gguf(mended, pre="gpt-2")  # the name has been judged
+        vocabulary = vocabulary_from_gguf(mended, pre="gpt-2")  # the name has been judged
+        if vocabulary.tokenizer_json is not None:
+            tokenizer_json(vocabulary)  # the arrays against the tokenizer.json inside
     except InputError as error:
         told = (found.wrong.split()[0] for found in findings if not found.mendable)
         if not any(key in str(error) for key in told):

@@ -44,17 +44,37 @@ class Finding:
             "mendable": self.mendable,
             "set": {e.key: e.value for e in self.set if e.type != ARRAY},
             "delete": list(self.delete),
-            "token_types": {str(row): kind for row, kind in self.token_types},
+            "token_types": {
+                f"{first}-{last}" if last > first else str(first): kind
+                for kind in dict.fromkeys(kind for _, kind in self.token_types)
+                for first, last in spans(row for row, k in self.token_types if k == kind)
+            },
         }
+
+
+def spans(rows: Iterable[int]) -> list[tuple[int, int]]:
+    """Runs of numbers that follow each other: (first, last) of each."""
+    found: list[tuple[int, int]] = []
+    for row in sorted(rows):
+        if found and row == found[-1][1] + 1:
+            found[-1] = found[-1][0], row
+        else:
+            found.append((row, row))
+    return found
 
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """`family` is the pre-tokenizer's name of a known vocabulary; `evidence` says how it shows."""
+    """`family` is the pre-tokenizer's name of a known vocabulary; `evidence` says how it shows.
+
+    No finding says something only of what was `examined`; `not_examined` has the reasons with it.
+    """
 
     family: str | None
     evidence: str
     findings: tuple[Finding, ...]
+    examined: tuple[str, ...]
+    not_examined: tuple[str, ...]
 
     @property
     def mendable(self) -> tuple[Finding, ...]:

@@ -20,17 +20,17 @@ _TRAINED = 4096  # DeepSeek Coder's context before scaling
 
 def check_rope(facts: Facts, family: Family | None) -> Iterator[Finding]:
     lost = None
-    if _has_coder_rope(facts, family):
+    if has_coder_rope(facts, family):
         yield from _base(facts)
         lost = _coder_scaling(facts)
         if lost is not None:
             yield lost
     yield from _old_key(facts, moved=lost is None)
-    if _has_coder_rope(facts, family):
+    if has_coder_rope(facts, family):
         yield from _context(facts)
 
 
-def _has_coder_rope(facts: Facts, family: Family | None) -> bool:
+def has_coder_rope(facts: Facts, family: Family | None) -> bool:
     """Llama's graph, DeepSeek Coder's vocabulary, and none of the later ways to scale."""
     return (
         family is not None

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 
 from dsq.convert.doctor.facts import HF_JSON, TOKENIZER, Facts
 from dsq.convert.doctor.family import MARKER_STARTS, Family, is_control_text
-from dsq.convert.doctor.findings import TOKEN_TYPE, Finding
+from dsq.convert.doctor.findings import TOKEN_TYPE, Finding, spans
 from dsq.convert.gguf.metadata import ARRAY, I32, STRING, KeyValue
 from dsq.errors import InputError
 from dsq.tokenizer_port.json_file import brief, parse_object
@@ -24,7 +24,7 @@ _RENDERED = frozenset(("<|channel|>", "<|message|>", "<|start|>", "<|constrain|>
 
 def check_pre(facts: Facts, family: Family | None, asked: str | None) -> Iterator[Finding]:
     """`asked` is the user's `--pre`. Raises InputError where the file's own tokenizer denies it."""
-    embedded = _embedded_pre(facts)
+    embedded = embedded_pre(facts)
     if asked and embedded and not _cuts_alike(asked, embedded, facts, family, asked):
         raise InputError(
             f"--pre {asked}: the tokenizer inside the file, {HF_JSON}, is {embedded}'s; leave "
@@ -62,7 +62,7 @@ def check_pre(facts: Facts, family: Family | None, asked: str | None) -> Iterato
     )
 
 
-def _embedded_pre(facts: Facts) -> str | None:
+def embedded_pre(facts: Facts) -> str | None:
     """The pre-tokenizer of the tokenizer.json inside; None without one, or for an unknown one."""
     text = facts.text(HF_JSON)
     if text is None:
@@ -129,8 +129,7 @@ def check_types(facts: Facts, family: Family | None) -> Iterator[Finding]:
     if rows:
         yield Finding(
             code="padding_types",
-            wrong=f"rows without a token ({_named(facts, rows)}) typed {_kinds(types, rows)}, "
-            "not unused",
+            wrong=f"rows without a token ({_rows(rows)}) typed {_kinds(types, rows)}, not unused",
             effect="the text [PAD…] becomes such a row, which no training has touched",
             mend="type them unused",
             serious=False,
@@ -184,6 +183,14 @@ def _named(facts: Facts, rows: Iterable[int]) -> str:
     texts = [facts.tokens[i] for i in rows]
     shown = ", ".join(brief(text)[1:-1] for text in texts[:3])
     return shown if len(texts) <= 3 else f"{shown} and {len(texts) - 3} more"
+
+
+def _rows(rows: Iterable[int]) -> str:
+    """`32022–32255`, or `7, 9–12, 20 and 5 more`"""
+    runs = spans(rows)
+    shown = ", ".join(str(a) if a == b else f"{a}–{b}" for a, b in runs[:3])
+    more = sum(b - a + 1 for a, b in runs[3:])
+    return f"{shown} and {more} more" if more else shown
 
 
 _NAMES = {kind.value: kind.name.lower().replace("_", "-") for kind in TokenType}

@@ -9,8 +9,10 @@ import warnings
 import pytest
 
 from dsq.cli.main import main
+from dsq.convert.doctor import diagnose, mended_entries
 from dsq.convert.doctor.template import CODER_TEMPLATE
 from dsq.convert.gguf.reader import read_gguf
+from dsq.convert.gguf.writer import gguf_layout, write_gguf
 from dsq.runtime.complete import complete
 from dsq.runtime.llama_vocab import LlamaVocab
 from dsq.runtime.llamacpp import LlamaCppEngine
@@ -136,19 +138,88 @@ def test_a_paragraph_for_each_fault(base, tmp_path, capsys):
         "✗ pre: tokenizer.ggml.pre is absent, as in files made before April 2024"
     )
     assert [line.split()[0] for line in first.splitlines()[1:]] == ["does:", "mend:"]
-    assert second.startswith("! padding_types: rows without a token ([PAD4118], ")
+    assert second.startswith("! padding_types: rows without a token (4118–")
     assert last.splitlines()[0].startswith(f"{broken}: deepseek-coder: 13 letters, ")
-    assert last.splitlines()[1] == (
-        f"2 faults, 1 of which changes its output; write a mended copy with dsq doctor {broken} "
-        "--fix OUT"
-    )
+    assert last.splitlines()[1].startswith("examined: pre-tokenizer, special ids, token types")
+    assert last.splitlines()[-2:] == [
+        "2 faults, 1 of which changes its output",
+        f"write a mended copy with: dsq doctor {broken} --fix OUT",
+    ]
 
 
 def test_nothing_to_mend(base, tmp_path, capsys):
     out = tmp_path / "out.gguf"
     assert main(["doctor", str(base), "--fix", str(out)]) == 0
-    assert capsys.readouterr().out.endswith(f"✓ nothing wrong found; {out} not written\n")
+    assert capsys.readouterr().out.endswith(
+        f"✓ nothing wrong found in what was examined; {out} not written\n"
+    )
     assert not out.exists()
+
+
+def test_no_health_is_claimed_of_what_was_not_examined(tmp_path, llama_cpp_source, capsys):
+    path = llama_cpp_source / "models" / "ggml-vocab-llama-spm.gguf"
+    assert main(["doctor", str(path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1] == "! nothing wrong found in what was examined"
+    assert any(line.startswith("not examined: pre-tokenizer, ") for line in lines)
+    code, report = doctor(capsys, path)
+    assert (code, report["examined"]) == (0, ["RoPE's old key"])
+    assert len(report["not_examined"]) == 3
+    whole = dict(read_gguf(llama_cpp_source / "models/ggml-vocab-deepseek-coder.gguf").metadata)
+    kinds = read_gguf(llama_cpp_source / "models/ggml-vocab-deepseek-coder.gguf").metadata_types
+    entries = mended_entries(whole, kinds, diagnose(whole, ()).findings)
+    write_gguf(tmp_path / "whole.gguf", gguf_layout(entries, ()), ())
+    assert main(["doctor", str(tmp_path / "whole.gguf")]) == 0
+    assert capsys.readouterr().out.endswith("✓ nothing wrong found\n")
+
+
+def test_the_command_to_copy_is_quoted_and_says_pre(base, tmp_path, capsys):
+    metadata = foreign(base)
+    EVERY_FAULT["no pre"][1](metadata)
+    path = write(base, metadata, tmp_path / "my model.gguf")
+    assert main(["doctor", str(path)]) == 1
+    assert capsys.readouterr().out.endswith(f"dsq doctor '{path}' --fix OUT\n")
+    tokens = ["<letter>" if t == "û" else t for t in metadata["tokenizer.ggml.tokens"]]
+    path = write(base, {**metadata, "tokenizer.ggml.tokens": tokens}, tmp_path / "x.gguf")
+    assert main(["doctor", str(path)]) == 1
+    assert capsys.readouterr().out.endswith(f"dsq doctor {path} --fix OUT --pre NAME\n")
+
+
+def test_paragraphs_are_as_wide_as_the_terminal(base, tmp_path, capsys, monkeypatch):
+    metadata = foreign(base)
+    for name in ("no pre", "rows normal"):
+        EVERY_FAULT[name][1](metadata)
+    write(base, metadata, tmp_path / "b.gguf")
+    monkeypatch.chdir(tmp_path)
+    assert main(["doctor", "b.gguf"]) == 1
+    plain = capsys.readouterr().out
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "60")
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert main(["doctor", "b.gguf"]) == 1
+    wrapped = capsys.readouterr().out
+    assert max(map(len, plain.splitlines())) > 80
+    assert max(map(len, wrapped.splitlines())) <= 60
+    assert wrapped.split() == plain.split()
+
+
+def test_the_one_file_in_this_folder(base, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["doctor"]) == 2
+    for name in ("a-00001-of-00002.gguf", "a-00002-of-00002.gguf"):
+        (tmp_path / name).write_bytes(b"x")
+    assert main(["doctor"]) == 2
+    error = capsys.readouterr().err
+    assert "this folder has no .gguf; give one" in error
+    assert "a-00001-of-00002.gguf: " in error  # tried, and no GGUF
+    (tmp_path / "a-00001-of-00002.gguf").unlink()
+    (tmp_path / "b.gguf").write_bytes(base.read_bytes())
+    assert doctor(capsys)[1]["path"] == "b.gguf"
+    (tmp_path / "c.gguf").write_bytes(b"x")
+    assert main(["doctor"]) == 2
+    assert "this folder has b.gguf, c.gguf; give one of them" in capsys.readouterr().err
+    assert main(["doctor", str(tmp_path)]) == 2
+    assert "is a directory; it has b.gguf, c.gguf" in capsys.readouterr().err
 
 
 def test_what_cannot_be_mended_is_left_and_told(base, tmp_path, capsys):
@@ -161,9 +232,10 @@ def test_what_cannot_be_mended_is_left_and_told(base, tmp_path, capsys):
     assert main(["doctor", str(broken), "--fix", str(tmp_path / "half.gguf")]) == 1
     out = capsys.readouterr().out
     assert "family not recognised" in out
-    assert out.endswith("not mended: pre\n")
+    assert out.splitlines()[-2] == "not mended: pre"
+    assert out.endswith(f"dsq doctor {broken} --fix OUT --pre NAME\n")
     assert main(["doctor", str(tmp_path / "half.gguf"), "--fix", str(tmp_path / "x.gguf")]) == 1
-    assert "none can be mended here, nothing written" in capsys.readouterr().out
+    assert "1 fault, 1 of which changes its output; nothing written" in capsys.readouterr().out
     fixed = tmp_path / "fixed.gguf"
     assert doctor(capsys, broken, "--pre", "deepseek-coder", "--fix", fixed)[0] == 0
     assert read_gguf(fixed).metadata["tokenizer.ggml.pre"] == "deepseek-coder"

@@ -10,12 +10,15 @@ import resource
 import select
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import tokenizers
 
 from dsq.cli import tokenize
 from dsq.cli.main import main
+from dsq.errors import InputError
+from dsq.runtime.read_vocabulary import read_vocabulary
 from tests.cli.test_main import fails
 from tests.models import TINY_CODER, write_hf
 from tests.test_architecture import modules_after
@@ -176,8 +179,35 @@ def test_a_directory_without_weights_or_config(tmp_path, tokenized):
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (tmp_path / name).write_bytes((TINY_CODER / name).read_bytes())
     assert tokenized(tmp_path, TEXT) == tokenized(TINY_CODER, TEXT)
-    (tmp_path / "config.json").write_text('{"architectures": ["Other"], "vocab_size": "x"}')
+    (tmp_path / "config.json").write_text('{"architectures": ["Other"]}')
     assert tokenized(tmp_path, TEXT) == tokenized(TINY_CODER, TEXT)
+    (tmp_path / "config.json").write_text('{"vocab_size": "x"}')
+    with pytest.raises(InputError, match=r"config.json: vocab_size is 'x'; a whole number"):
+        read_vocabulary(tmp_path)
+
+
+def test_a_directory_with_one_gguf(gguf, tokenized):
+    assert tokenized(gguf.parent, TEXT) == tokenized(gguf, TEXT)
+
+
+@pytest.mark.filterwarnings("ignore:.*fault.* of its conversion")
+def test_a_pre_tokenizer_by_name(llama_cpp_source, tokenized, capsys):
+    """A file of another family that names none: llama.cpp's default keeps no digits apart."""
+    path = llama_cpp_source / "models" / "ggml-vocab-aquila.gguf"
+    assert tokenized(path, "a 1234") != tokenized(path, "a 1234", "--pre", "llama-bpe")
+    assert tokenized(path, "x", "--pre", "gpt-2")["text"] == "x"
+    assert "--pre gtp-2: llama.cpp has no" in fails(capsys, "tokenize", path, "x", "--pre", "gtp-2")
+
+
+def test_an_error_of_the_vocabulary_names_the_file(llama_cpp_source, tmp_path, capsys):
+    path = llama_cpp_source / "models" / "ggml-vocab-llama-spm.gguf"
+    assert f"{path}: tokenizer.ggml.model: is 'llama'" in fails(capsys, "tokenize", path, "x")
+    definition = json.loads((TINY_CODER / "tokenizer.json").read_text())
+    (tmp_path / "tokenizer.json").write_text(json.dumps({**definition, "decoder": {"type": "x"}}))
+    (tmp_path / "tokenizer_config.json").write_bytes(
+        (TINY_CODER / "tokenizer_config.json").read_bytes()
+    )
+    assert f"{tmp_path}" in fails(capsys, "tokenize", tmp_path, "x")
 
 
 def test_the_real_vocabulary(vocab_gguf, tokenized, recwarn):
@@ -214,6 +244,9 @@ def test_a_text_that_does_not_come_back_is_told(tmp_path, capsys):
         (["a", "--fim", "a", "b"], b"", "give one of TEXT"),
         (["-"], b"ab\xff", "standard input: is not UTF-8: byte 2 is 0xFF"),
         (["-"], b"ab\xe4\xbd", "byte 2 is 0xE4, unexpected end of data"),
+        (["a\udcff"], b"", "TEXT: is not UTF-8: character 1 is the byte 0xFF"),
+        (["--fim", "a", "\udc80"], b"", "SUFFIX: is not UTF-8: character 0 is the byte 0x80"),
+        (["--chat", "\udcc3"], b"", "--chat: is not UTF-8: character 0 is the byte 0xC3"),
         (["\ud800"], b"", r"character 0 is a lone surrogate \(U\+D800\)"),
         (["--lines", "-"], b'"a"\n"b\xff"\n', "standard input: line 2: is not UTF-8: byte 2"),
         (["--lines", "-"], b'"a"\n"\\udc80"\n', "line 2: text: character 0 is a lone surrogate"),
@@ -242,6 +275,22 @@ def test_bad_input(capsys, stdin, args, raw, message):
 def test_a_closed_standard_input(capsys, monkeypatch):
     monkeypatch.setattr("sys.stdin", None)
     assert "standard input is closed" in fails(capsys, "tokenize", TINY_CODER, "-")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux's /dev/full")
+@pytest.mark.parametrize("option", [[], ["--json"], ["--lines"]])
+def test_an_output_that_cannot_be_written(tmp_path, option):
+    (tmp_path / "lines").write_text('"a"\n')
+    args = [*option, str(tmp_path / "lines")] if "--lines" in option else ["a", *option]
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "dsq.cli.main", "tokenize", str(TINY_CODER), *args],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    assert done.returncode == 1
+    assert done.stderr == "dsq: error: cannot write the output: No space left on device\n"
 
 
 def test_lines_before_a_bad_one_are_answered(capsys, stdin):
@@ -276,3 +325,13 @@ def test_the_longest_line(monkeypatch, capsys, stdin):
     captured = capsys.readouterr()
     assert json.loads(captured.out)["text"] == "12345"
     assert "line 2: is longer" in captured.err
+
+
+@pytest.mark.parametrize("args", [["tokenize"], ["tokenizer"], ["tokenizer", "check"], ["doctor"]])
+def test_the_help_fits_80_columns(args, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit):
+        main([*args, "--help"])
+    out = capsys.readouterr().out
+    assert "example:" in out
+    assert [line for line in out.splitlines() if len(line) > 80] == []

@@ -17,7 +17,8 @@ from dsq.convert.gguf.metadata import vocabulary_entries
 from dsq.convert.gguf.reader import read_gguf
 from dsq.convert.gguf.writer import gguf_layout, write_gguf
 from dsq.errors import InputError
-from dsq.runtime.tokenizer_check import on_deep_stack, read_vocabulary
+from dsq.runtime.read_vocabulary import read_vocabulary
+from dsq.runtime.tokenizer_check import on_deep_stack
 from dsq.tokenizer_port.corpus import corpus
 from dsq.tokenizer_port.load import vocabulary_from_gguf
 from dsq.tokenizer_port.tokenizer import Tokenizer
@@ -150,6 +151,43 @@ def test_a_file_without_a_pre_tokenizer(
     assert "dsq doctor" in run_error(capsys, old)
 
 
+def test_a_pre_tokenizer_by_name(
+    tmp_path: Path, llama_cpp_source: Path, vocab: Vocabulary, capsys: Capture
+) -> None:
+    """It is what HF and dsq go by; llama.cpp still reads the file as it is."""
+    aquila = llama_cpp_source / "models/ggml-vocab-aquila.gguf"
+    assert "--pre NAME" in run_error(capsys, aquila)
+    code, report = run_json(capsys, aquila, "--pre", "gpt-2")
+    assert (report["rebuilt_by"], report["dsq_mismatches"]) == ("gpt-2", 0)
+    assert code == int(report["mismatches"] > 0)
+    assert "llama.cpp reads" in report["notes"][0]
+    right = write(tmp_path / "right.gguf", vocab, tokenizer_json=None)
+    assert run_json(capsys, right, "--pre", "deepseek-coder")[0] == 0
+    assert run_json(capsys, right, "--pre", "gpt-2")[0] == 1
+    assert "did you mean gpt-2" in run_error(capsys, right, "--pre", "gtp-2")
+
+
+def test_the_model_may_be_left_out_or_last(
+    tmp_path: Path, vocab: Vocabulary, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(tmp_path / "one.gguf", vocab)
+    text = tmp_path / "a.txt"
+    text.write_text("x = 1\n")
+    monkeypatch.chdir(tmp_path)
+    n = run_json(capsys, path)[1]["texts"]
+    for args, more, model in (
+        (("--fuzz", 5), 5, "one.gguf"),
+        (("--text", text), 1, "one.gguf"),
+        (("--text", text, path), 1, str(path)),
+        (("--text", text, TINY_CODER), 1, str(TINY_CODER)),
+        (("--text", text, "--text", text, "--fuzz", 1, path), 3, str(path)),
+    ):
+        report = run_json(capsys, *args)[1]
+        assert (report["model"], report["texts"]) == (model, n + more)
+    write(tmp_path / "two.gguf", vocab)
+    assert "2 models in this folder" in run_error(capsys, "--text", text)
+
+
 def test_text_files(tmp_path: Path, vocab: Vocabulary, capsys: Capture) -> None:
     row = next(i for i, token in enumerate(vocab.tokens) if token == "<|EOT|>")
     types = [int(TokenType.NORMAL) if i == row else kind for i, kind in enumerate(vocab.types)]
@@ -241,3 +279,19 @@ def test_a_deep_stack_returns_and_raises() -> None:
 
     with pytest.raises(InputError, match="no"):
         on_deep_stack(fail)
+
+
+def test_a_fault_in_the_encoding_of_a_users_text(
+    vocab: Vocabulary, tokenizer_only: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What dsq makes of ordinary text is held to HF's tokens, not only what it makes of markers."""
+    encode = Tokenizer.encode
+
+    def wrong(self: Tokenizer, text: str, **options: Any) -> list[int]:
+        ids = encode(self, text, **options)
+        return ids if options.get("parse_special") or "def" not in text else ids[1:]
+
+    monkeypatch.setattr(Tokenizer, "encode", wrong)
+    code, report = run_json(capsys, tokenizer_only)
+    assert code == 1
+    assert report["dsq_mismatches"] > 0

@@ -154,6 +154,9 @@ def test_the_careless_types_of_llama_cpps_vocabulary_file(vocab_files):
     assert found["control_types"] == dict.fromkeys(markers, 3)
     assert found["padding_types"] == dict.fromkeys(range(32022, 32256), 5)
     assert "letter_types" not in found
+    said = {f.code: f for f in diagnose(metadata, ()).findings}
+    assert "(32022–32255)" in said["padding_types"].wrong
+    assert said["padding_types"].to_json()["token_types"] == {"32022-32255": 5}
     assert codes(mended(metadata)) == []
 
 
@@ -343,6 +346,36 @@ def test_other_tokenizers_are_not_looked_into(vocab_files):
         diagnose(metadata, (), pre="gpt-2")
 
 
+def test_what_is_not_examined_is_said(base, vocab_files, smollm2_gguf):
+    def scope(metadata, **options):
+        found = diagnose(metadata, (), **options)
+        return " | ".join(found.examined), " | ".join(found.not_examined)
+
+    yes, no = scope(coder(vocab_files))
+    assert no == ""
+    assert "special ids" in yes
+    assert "context length" in yes
+    assert scope(foreign(base))[1].startswith("context length (the widths are none")
+    no_tokenizer = {"general.architecture": "qwen2", "qwen2.context_length": 5}
+    for metadata, why in (
+        (read_gguf(vocab_files / "ggml-vocab-llama-spm.gguf").metadata, "the tokenizer is 'llama'"),
+        (read_gguf(vocab_files / "ggml-vocab-bert-bge.gguf").metadata, "the tokenizer is 'bert'"),
+        (no_tokenizer, "the file has no tokenizer"),
+    ):
+        yes, no = scope(metadata)
+        assert yes == "RoPE's old key"
+        assert f"pre-tokenizer, special ids, token types, vocabulary ({why}" in no
+        assert "RoPE values, context length (they are known of DeepSeek Coder only)" in no
+        assert "chat template (there is none" in no
+    other = read_gguf(smollm2_gguf).metadata
+    yes, no = scope(other)
+    assert "that llama.cpp knows the pre-tokenizer's name" in yes
+    assert "whether the pre-tokenizer is the model's" in no
+    assert "whether the pre-tokenizer is the model's" not in scope(other, pre="smollm")[1]
+    moved = {**foreign(base), "general.architecture": "qwen2"}
+    assert "the architecture or the kind of scaling" in scope(moved)[1]
+
+
 def test_what_else_keeps_a_vocabulary_from_being_read(base):
     tokens = list(foreign(base)["tokenizer.ggml.tokens"])
     tokens[300] = tokens[299]
@@ -350,6 +383,7 @@ def test_what_else_keeps_a_vocabulary_from_being_read(base):
         {"tokenizer.ggml.tokens": tokens},
         {"tokenizer.ggml.merges": np.array([1])},
         {"tokenizer.ggml.unknown_token_id": 99999},
+        {"tokenizer.ggml.tokens": [1, 2]},
     ):
         (found,) = diagnose({**foreign(base), **change}, ()).findings
         assert (found.code, found.mendable) == ("vocabulary", False)
@@ -381,3 +415,23 @@ def test_any_value_under_any_key_gives_a_diagnosis(base, data):
     left = diagnose(mended(metadata), ()).findings
     assert {f.code for f in left} <= {f.code for f in diagnosis.findings if not f.mendable}
     assert not any(f.mendable for f in left)
+
+
+def test_a_tokenizer_json_that_contradicts_the_arrays() -> None:
+    """What dsq refuses to run is no healthy file."""
+
+    from dsq.convert.gguf.metadata import vocabulary_entries
+    from dsq.tokenizer_port.load import load_hf
+    from tests.models import TINY_CODER
+
+    vocab = load_hf(TINY_CODER, 4160)
+    metadata = {entry.key: entry.value for entry in vocabulary_entries(vocab)}
+    metadata["general.architecture"] = "llama"
+    own = json.loads(metadata["tokenizer.huggingface.json"])
+    merges = own["model"]["merges"]
+    merges[4], merges[5] = merges[5], merges[4]
+    before = {f.code for f in diagnose(metadata, ()).findings}
+    metadata["tokenizer.huggingface.json"] = json.dumps(own)
+    found = [f for f in diagnose(metadata, ()).findings if f.code not in before]
+    assert [f.code for f in found] == ["vocabulary"]
+    assert "merge 4" in found[0].wrong

@@ -56,6 +56,10 @@ def test_gguf_without_pre_says_what_to_do(vocab: Vocabulary) -> None:
     with pytest.raises(InputError, match=r"before April 2024.*--pre deepseek-coder"):
         vocabulary_from_gguf(entries)
     assert vocabulary_from_gguf(entries, pre="deepseek-coder").pre == "deepseek-coder"
+    # of an unknown family, neither this nor `dsq doctor` knows the name
+    tokens = ["<letter>" if token == "û" else token for token in vocab.tokens]
+    with pytest.raises(InputError, match=r"--pre NAME, .* dsq doctor FILE --fix OUT --pre NAME$"):
+        vocabulary_from_gguf({**entries, "tokenizer.ggml.tokens": tokens})
     entries["tokenizer.huggingface.json"] = vocab.tokenizer_json
     assert vocabulary_from_gguf(entries).pre == "deepseek-coder"
 

@@ -200,6 +200,8 @@ def broken(change: str, tokenizer: dict[str, Any]) -> dict[str, Any]:
         made["model"]["continuing_subword_prefix"] = "##"
     elif change == "metaspace":
         made["pre_tokenizer"] = {"type": "Metaspace", "replacement": "▁"}
+    elif change == "no chain":
+        made["pre_tokenizer"] = None
     elif change == "negative id":
         made["model"]["vocab"]["zz"] = -1
     return made
@@ -217,6 +219,7 @@ def broken(change: str, tokenizer: dict[str, Any]) -> dict[str, Any]:
         ("unigram", UnsupportedError, "'Unigram'; only byte-level BPE"),
         ("byte fallback", UnsupportedError, "SentencePiece-style"),
         ("metaspace", UnsupportedError, "SentencePiece-style"),
+        ("no chain", UnsupportedError, r"no step .* is ByteLevel \(pre_tokenizer is None\)"),
         ("word parts", UnsupportedError, "model.continuing_subword_prefix is '##'"),
         ("negative id", InputError, "has the id -1"),
     ],
@@ -253,6 +256,10 @@ def test_missing_and_unreadable_files(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.model").write_bytes(b"x")
     with pytest.raises(UnsupportedError, match="a SentencePiece tokenizer"):
         load_hf(tmp_path, 10)
+    (tmp_path / "tokenizer.json").mkdir()
+    with pytest.raises(InputError, match="tokenizer.json: is a directory; put the file"):
+        load_hf(tmp_path, 10)
+    (tmp_path / "tokenizer.json").rmdir()
     (tmp_path / "tokenizer.json").write_bytes(b"\xff")
     with pytest.raises(InputError, match="UTF-8"):
         load_hf(tmp_path, 10)
@@ -276,6 +283,9 @@ def test_missing_and_unreadable_files(tmp_path: Path) -> None:
         ("added_tokens", [5], r"added_tokens\[0\] is 5; an object is needed"),
         ("added_tokens", [{"id": "1"}], r"added_tokens\[0\].id is '1'; a whole number"),
         ("added_tokens", [{"id": 1}], r"added_tokens\[0\].content is missing; a string"),
+        ("added_tokens", [{"id": 1, "content": ""}], r"added_tokens\[0\].content is ''; a token"),
+        ("decoder", 7, "decoder is 7; an object is needed"),
+        ("pre_tokenizer", 7, "pre_tokenizer is 7; an object is needed"),
         ("normalizer", {"type": "Sequence", "normalizers": 5}, "normalizer.normalizers is 5;"),
         ("normalizer", "NFC", "normalizer is 'NFC'; an object is needed"),
         ("post_processor", 5, "post_processor is 5; an object is needed"),
@@ -355,6 +365,7 @@ def test_a_token_id_that_is_no_number(make_dir: Maker, config: dict[str, Any]) -
         ("tokenizer_config.json", '{"a": NaN}', "NaN is no JSON"),
         ("tokenizer_config.json", '{"a":' + 150 * "[" + 150 * "]" + "}", "more than 100 deep"),
         ("special_tokens_map.json", "[]", "holds a JSON list"),
+        ("added_tokens.json", '{"": 5}', "the added token 5 has no text; remove the entry"),
         ("added_tokens.json", '{"x": true}', "the id of 'x' is True; a whole number"),
     ],
 )
