@@ -33,14 +33,13 @@ from dsq.convert.tensor_plan import (
     plan_from_hf,
     row_weights,
 )
+from dsq.convert.verify_tensors import METHOD
 from dsq.errors import InputError
 from dsq.quant.plan import Options
 from dsq.quant.presets import PRESETS, Preset
 from dsq.quant.scheme import F32
 from dsq.quant.stream import Job, quantize_stream
 from dsq.quant.threads import default_threads
-
-METHOD = "dsq.quantize.method"
 
 Progress = Callable[[int], None]
 Made = Callable[[TensorStep], "npt.NDArray[np.uint8] | None"]

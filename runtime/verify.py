@@ -22,7 +22,13 @@ from dsq.convert.verify_metadata import (
     template_differences,
     vocabulary_differences,
 )
-from dsq.convert.verify_tensors import compare_tensors, named_tensors, rounded, unmatched
+from dsq.convert.verify_tensors import (
+    METHOD,
+    compare_tensors,
+    named_tensors,
+    rounded,
+    unmatched,
+)
 from dsq.errors import DsqError
 from dsq.quant.threads import default_threads
 from dsq.runtime import verify_logits
@@ -131,7 +137,10 @@ class _Run:
                     f"{ROPE_FREQS} is {'missing' if wanted else 'too many'}: "
                     f"the source's RoPE is {describe(spec.rope)}"
                 )
-        reports = compare_tensors(ours, theirs, threads=self.threads)
+        method = ""
+        if isinstance(self.artifact, GgufCheckpoint):
+            method = str(self.artifact.gguf.metadata.get(METHOD, ""))
+        reports = compare_tensors(ours, theirs, threads=self.threads, method=method)
         problems += [f"{r.name}: {r.reason}" for r in reports if not r.ok]
         worst = max(reports, key=lambda r: r.error, default=None)
         agreed = f"{len(reports)} tensors" + (
@@ -140,6 +149,8 @@ class _Run:
             if worst and worst.error
             else ", all exact"
         )
+        if method:
+            agreed += f"; weights moved on purpose ({method}): wider bounds, no rows singled out"
         return _answer("tensors", problems, agreed, tensors=[r.to_json() for r in reports])
 
     def hyperparameters(self) -> Check:

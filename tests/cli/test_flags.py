@@ -143,7 +143,9 @@ def test_a_gguf_without_a_pre_tokenizer_can_be_mended(tmp_path, capsys):
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    assert "--pre" in fails(capsys, "inspect", old)
+    assert main(["inspect", str(old)]) == 0
+    assert "pre-tokenizer default" in capsys.readouterr().out
+    assert "--pre" in fails(capsys, "convert", old, "--to", "hf", "-o", tmp_path / "no")
     new = tmp_path / "new.gguf"
     args = ["quantize", "q8_0", str(old), "-o", str(new), "--pre", "deepseek-coder"]
     assert main(args) == 0

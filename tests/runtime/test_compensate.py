@@ -222,3 +222,22 @@ def test_what_is_missing_is_what_the_output_lacks(tmp_path: Path) -> None:
     expected = lacks.T @ x.flatten(0, 1) / len(lacks)
     assert expected.abs().max() > 1e-3
     torch.testing.assert_close(seen.missing(down), expected, rtol=1e-2, atol=1e-5)
+
+
+def test_verify_knows_what_was_moved_on_purpose(tmp_path: Path) -> None:
+    """The file's own word widens the bounds; another model's weights are still told."""
+    from dsq.cli.main import main
+    from dsq.runtime.verify import verify
+    from tests.models import write_hf
+
+    out = tmp_path / "m.gguf"
+    command = ["quantize", "q4_0", str(TINY_CODER), "--method", "compensated", "--calibrate"]
+    command += ["--text", str(TINY_CODER / "heldout.txt"), "--tokens", "2k", "--ctx", "128"]
+    assert main([*command, "--distill", "1k", "-o", str(out)]) == 0
+    receipt = verify(out, TINY_CODER, logits=False)
+    checks = {check.name: check for check in receipt.checks}
+    assert checks["tensors"].ok, checks["tensors"].detail
+    assert "compensated+distilled" in checks["tensors"].detail
+    config = json.loads((TINY_CODER / "config.json").read_text())
+    other = verify(out, write_hf(tmp_path / "other", config), logits=False)
+    assert not {check.name: check for check in other.checks}["tensors"].ok
