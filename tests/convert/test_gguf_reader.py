@@ -266,9 +266,10 @@ def test_what_is_well_formed_is_unsupported(case: str, tmp_path: Path) -> None:
 
 
 def test_missing_file_and_directory(tmp_path: Path) -> None:
-    for path in (tmp_path / "none.gguf", tmp_path):
-        with pytest.raises(InputError, match="cannot read the file"):
-            read_gguf(path)
+    with pytest.raises(InputError, match="cannot read the file"):
+        read_gguf(tmp_path / "none.gguf")
+    with pytest.raises(InputError, match="is a directory"):
+        read_gguf(tmp_path)
 
 
 def test_a_file_that_shrinks_is_noticed(good: Path) -> None:
