@@ -91,14 +91,14 @@ def test_best(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "best.gguf"
     report = quantize(
         capsys,
-        *("best-4.9", TINY_CODER, "--text", HELDOUT, "--ctx", 128, "--tokens", "8k", "-o", out),
+        *("best-4.91", TINY_CODER, "--text", HELDOUT, "--ctx", 128, "--tokens", "8k", "-o", out),
     )
     steps = report["steps"]
     assert isinstance(steps, list)
     assert [step["name"] for step in steps] == ["stock q4_0", "mix", "compensated", "distilled"]
     stock, kept = steps[0], [step for step in steps if step["kept"]]
     assert kept[-1]["kld"] < 0.5 * stock["kld"]  # measured: 0.21 with 28k tokens
-    assert Source(out).bpw <= 4.9
+    assert Source(out).bpw <= 4.91
 
 
 @pytest.mark.parametrize(
