@@ -17,6 +17,7 @@ from dsq.errors import InputError
 from dsq.quant.stats import input_sizes
 from dsq.quant.threads import default_threads
 from dsq.runtime import windows as protocol
+from dsq.runtime.decoder import chosen_device
 from dsq.tokenizer_port.tokenizer import Tokenizer
 
 Checkpoint = HfCheckpoint | GgufCheckpoint
@@ -114,7 +115,7 @@ def plan_run(
     from dsq.runtime.torch_engine import require_torch
 
     require_torch(checkpoint.path)
-    device = _device(options.device)
+    device = chosen_device(options.device)
     n_threads = options.n_threads or default_threads()
     n_gradient = 0
     if options.gradients:
@@ -130,13 +131,3 @@ def plan_run(
     return Plan(
         checkpoint, ids, options, model_identity(checkpoint), record, device, n_threads, n_gradient
     )
-
-
-def _device(name: str) -> str:
-    import torch
-
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device cuda: this torch sees no CUDA card; use --device cpu")
-    return name

@@ -30,7 +30,7 @@ from dsq.quant.grids import GRIDS
 from dsq.quant.scheme import GgmlType
 from dsq.quant.solver import DAMP, aim, factor
 from dsq.quant.threads import default_threads
-from dsq.runtime.decoder import STAGES, read_layer, read_tensor
+from dsq.runtime.decoder import STAGES, chosen_device, read_layer, read_tensor
 from dsq.runtime.two_ways import Seen, TwoWays
 
 if TYPE_CHECKING:
@@ -206,7 +206,7 @@ def opened(
         ) from error
     options = options or Options()
     check_space(out, TwoWays.disk_bytes(checkpoint.spec, ids.size))
-    device = _device(options.device)
+    device = chosen_device(options.device)
     threads = options.n_threads or default_threads()
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
@@ -221,14 +221,6 @@ def opened(
         raise os_error(error, out) from error
     finally:
         torch.set_num_threads(before)
-
-
-def _device(name: str) -> str:
-    import torch
-
-    if name == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device cuda: this torch sees no CUDA card; use --device cpu")
-    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
 
 
 def _rounded(weight: Tensor, to: GgmlType) -> Tensor:

@@ -19,6 +19,7 @@ from dsq.convert.checkpoint import GgufCheckpoint, HfCheckpoint
 from dsq.convert.names import expected_tensors, gguf_name, permuted_heads
 from dsq.convert.spec import ModelSpec
 from dsq.convert.tensor_plan import half_split_rows
+from dsq.errors import InputError
 from dsq.quant import ggml
 
 if TYPE_CHECKING:
@@ -35,6 +36,17 @@ STAGES: dict[str, tuple[str, ...]] = {
 }
 
 Weights = Mapping[str, "Tensor"]  # by the name inside a layer: "mlp.up_proj.weight"
+
+
+def chosen_device(name: str) -> str:
+    """The device of `--device auto`, `cpu` or `cuda`. Raises InputError for a card that is none."""
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: this torch sees no CUDA card; use --device cpu")
+    return name
 
 
 def read_tensor(

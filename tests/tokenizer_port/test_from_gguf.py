@@ -176,3 +176,17 @@ def test_a_vocabulary_that_contradicts_itself(
 ) -> None:
     with pytest.raises(InputError, match=message):
         dataclasses.replace(vocab, **changes)
+
+
+def test_markers_of_a_file_without_types_stay_out_of_reach(vocab: Vocabulary) -> None:
+    entries = metadata(vocab)
+    del entries["tokenizer.ggml.token_type"]
+    again = vocabulary_from_gguf(entries)
+    assert again.types[vocab.index[BOS]] == TokenType.CONTROL
+    assert again.types[vocab.index["a"]] == TokenType.NORMAL
+
+
+def test_the_end_of_a_turn_is_found_by_its_text(vocab: Vocabulary) -> None:
+    entries = metadata(vocab)
+    del entries["tokenizer.ggml.eot_token_id"]
+    assert vocabulary_from_gguf(entries).eot == vocab.eot is not None
