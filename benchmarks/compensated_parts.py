@@ -12,9 +12,9 @@ import time
 from pathlib import Path
 
 from dsq.convert.checkpoint import open_checkpoint
-from dsq.runtime.calibrate import Options, choose_windows
+from dsq.runtime.calibration.calibrate import Options, choose_windows
+from dsq.runtime.calibration.moments import Moments
 from dsq.runtime.decoder import Decoder, read_layer, read_tensor
-from dsq.runtime.moments import Moments
 
 BATCH_TOKENS, N_CTX = 2048, 512
 

@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 
 from dsq.convert.checkpoint import open_checkpoint
-from dsq.runtime.calibrate import Options, choose_windows
-from dsq.runtime.calibration_steps import BATCH_TOKENS
+from dsq.runtime.calibration.calibrate import Options, choose_windows
+from dsq.runtime.calibration.steps import BATCH_TOKENS
 from dsq.runtime.torch_engine import TorchEngine
 
 

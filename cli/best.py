@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from dsq.convert.checkpoint import GgufCheckpoint, HfCheckpoint
     from dsq.quant.mix import Recipe
     from dsq.quant.stats import Stats
-    from dsq.runtime.mix import Budget, Table
+    from dsq.runtime.fidelity.mix import Budget, Table
 
 _TARGETS = ("target_bpw", "target_size", "target_kld", "vram")
 _BEST = re.compile(r"best-(\d+(?:\.\d+)?)")
@@ -99,8 +99,8 @@ def _best(args: argparse.Namespace) -> int:
         )
     from dsq.convert.atomic import check_target
     from dsq.convert.checkpoint import open_checkpoint
-    from dsq.runtime.best import Options, best
-    from dsq.runtime.mix import Budget
+    from dsq.runtime.fidelity.best import Options, best
+    from dsq.runtime.fidelity.mix import Budget
 
     source = common.local_model(args.src, args)
     out = args.output or common.output_path(source, args.type)
@@ -142,7 +142,7 @@ def _mix(args: argparse.Namespace) -> int:
     from dsq.convert.checkpoint import open_checkpoint
     from dsq.convert.imatrix import sums_of_stats
     from dsq.quant.mix import read_recipe
-    from dsq.runtime.mix import choose_recipe, measure_table, plan_recipe
+    from dsq.runtime.fidelity.mix import choose_recipe, measure_table, plan_recipe
 
     recipe = read_recipe(args.recipe) if args.recipe else None  # before any I/O
     source = common.local_model(args.src, args)
@@ -198,7 +198,7 @@ def _statistics(
             "a mix is found by measuring: give --stats FILE (of dsq calibrate --hessians "
             "--gradients), or --calibrate with --text FILE…"
         )
-    from dsq.runtime.calibrate import Options, calibrate
+    from dsq.runtime.calibration.calibrate import Options, calibrate
 
     n_ctx = args.ctx
     if args.vram is not None:
@@ -221,7 +221,7 @@ def _statistics(
 
 def _budget(args: argparse.Namespace, checkpoint: HfCheckpoint | GgufCheckpoint) -> Budget:
     from dsq.convert.inspect import memory_at
-    from dsq.runtime.mix import Budget
+    from dsq.runtime.fidelity.mix import Budget
 
     if args.target_bpw is not None:
         return Budget("bpw", args.target_bpw)

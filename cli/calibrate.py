@@ -104,7 +104,7 @@ def windows(args: argparse.Namespace, model: Path) -> tuple[npt.NDArray[np.int32
         return corpus.windows(args, model)
     found = texts(args)
     from dsq.convert.checkpoint import open_checkpoint
-    from dsq.runtime.calibrate import Options, choose_windows
+    from dsq.runtime.calibration.calibrate import Options, choose_windows
 
     options = Options(args.ctx, args.tokens, seed=args.seed)
     checkpoint = open_checkpoint(model)
@@ -116,7 +116,7 @@ def run(args: argparse.Namespace) -> int:
     corpus.take_model(args)
     model = common.local_model(args.model, args)
     ids, about = windows(args, model)
-    from dsq.runtime.calibrate import Options, calibrate
+    from dsq.runtime.calibration.calibrate import Options, calibrate
 
     options = Options(
         hessians=args.hessians,

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from dsq.convert.checkpoint import GgufCheckpoint, HfCheckpoint
     from dsq.convert.imatrix import Imatrix
     from dsq.convert.pipeline import GgufPlan
-    from dsq.runtime.compensate import Compensation
+    from dsq.runtime.fidelity.compensate import Compensation
 
 
 _OURS = ("stats", "calibrate", "damp", "device")
@@ -163,7 +163,7 @@ def opened(
     if found is None or args.method != "compensated":
         yield None
         return
-    from dsq.runtime.compensate import Options, opened
+    from dsq.runtime.fidelity.compensate import Options, opened
 
     options = Options(n_threads=args.threads, device=args.device or "auto")
     if args.damp is not None:
@@ -176,7 +176,7 @@ def distilled(
     args: argparse.Namespace, source: Path, quantized: Path, found: Calibration, out: Path
 ) -> dict[str, Any]:
     """Write `out` from the file `quantized`; the report's part."""
-    from dsq.runtime.distill import Options, distill
+    from dsq.runtime.fidelity.distill import Options, distill
 
     n_windows = max(4, args.distill // found.ids.shape[1])
     device = "cpu" if args.device in (None, "auto") else args.device

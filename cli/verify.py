@@ -14,7 +14,7 @@ from dsq.cli import common
 from dsq.errors import InputError
 
 if TYPE_CHECKING:
-    from dsq.runtime.receipt import Verification
+    from dsq.runtime.verification.receipt import Verification
 
 DESCRIPTION = (
     "Prove that ARTIFACT is its source: every tensor within what its type explains, RoPE, token\n"
@@ -41,8 +41,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from dsq.runtime.receipt import receipt_path, write_receipt
-    from dsq.runtime.verify import verify
+    from dsq.runtime.verification.receipt import receipt_path, write_receipt
+    from dsq.runtime.verification.verify import verify
 
     source = common.local_model(args.source, args)
     receipt = args.receipt or receipt_path(args.artifact)

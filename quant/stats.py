@@ -10,7 +10,7 @@ One safetensors file, F32 but for the tokens:
 Means are over all tokens of all windows. Inputs are named by the layer's four stages (see `STAGES`)
 and `output`, the head's input, which a tied model's `token_embd.weight` reads too. Gradients have
 the tensor's GGUF name and its rows in GGUF's order (Q and K interleaved); L is defined in
-`dsq.runtime.fisher`. `__metadata__` holds one key, `dsq_stats`: JSON.
+`dsq.runtime.calibration.fisher`. `__metadata__` holds one key, `dsq_stats`: JSON.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from dsq.runtime.corpus.named import Named, code_groups, open_repositories, tier
 from dsq.runtime.corpus.parts import Filler, Part
 from dsq.runtime.corpus.samples import Cutter, Sample
 from dsq.runtime.corpus.sources import Gate
-from dsq.runtime.syntax import require_parsers
+from dsq.runtime.repo.syntax import require_parsers
 from dsq.tokenizer_port.tokenizer import Tokenizer
 
 # arXiv 2401.14196, section 2: code, English about code, Chinese.

@@ -10,10 +10,10 @@ from pathlib import Path
 
 from dsq.runtime.corpus import licences, quality
 from dsq.runtime.corpus.sources import Document, Entry, Gate, Unit, digest, seeded
-from dsq.runtime.dependencies import PathIndex, dependency_order
-from dsq.runtime.languages import path_comment, refine
-from dsq.runtime.repo_files import Repository, SkippedFile, SourceFile, read_source
-from dsq.runtime.syntax import imports
+from dsq.runtime.repo.dependencies import PathIndex, dependency_order
+from dsq.runtime.repo.files import Repository, SkippedFile, SourceFile, read_source
+from dsq.runtime.repo.languages import path_comment, refine
+from dsq.runtime.repo.syntax import imports
 
 # A repository up to this size is read and ordered whole, a larger one folder by folder. It is many
 # windows long; and a unit gives only its turn, so that more would be read for nothing.

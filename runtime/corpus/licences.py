@@ -7,7 +7,7 @@ import sysconfig
 from functools import cache
 from pathlib import Path
 
-from dsq.runtime.repo_files import SkippedFile, read_text
+from dsq.runtime.repo.files import SkippedFile, read_text
 
 UNKNOWN = "unknown"
 _SPDX = re.compile(r"SPDX-License-Identifier:\s*([A-Za-z0-9.+-]+(?: (?:AND|OR|WITH) [\w.+-]+)*)")

@@ -16,7 +16,7 @@ from typing import Any
 
 from dsq.runtime.corpus import code, prose
 from dsq.runtime.corpus.sources import Group, Unit, in_turn, seeded
-from dsq.runtime.repo_files import Repository, find_repositories, list_loose
+from dsq.runtime.repo.files import Repository, find_repositories, list_loose
 
 # `dsq eval` measures on these modules when no text is given, so nothing is calibrated on them.
 HELD_OUT = frozenset(("argparse.py", "ast.py", "dataclasses.py", "inspect.py", "pathlib.py"))

@@ -10,8 +10,8 @@ from pathlib import Path
 from dsq.errors import InputError
 from dsq.runtime.corpus import code, prose, quality
 from dsq.runtime.corpus.sources import Document, Entry, Gate, Group, Unit, in_turn
-from dsq.runtime.languages import language_of, path_comment
-from dsq.runtime.repo_files import Repository, find_repositories
+from dsq.runtime.repo.files import Repository, find_repositories
+from dsq.runtime.repo.languages import language_of, path_comment
 
 _DOCS = "README and docs of --repo"
 

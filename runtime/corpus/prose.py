@@ -14,15 +14,15 @@ from pathlib import Path
 from dsq.errors import InputError
 from dsq.runtime.corpus import licences, quality, troff
 from dsq.runtime.corpus.sources import Document, Entry, Gate, Unit, digest, seeded
-from dsq.runtime.languages import prose_of
-from dsq.runtime.repo_files import (
+from dsq.runtime.repo.files import (
     MOST_BYTES,
     Repository,
     SkippedFile,
     check_text,
     read_text,
 )
-from dsq.runtime.syntax import python_tree
+from dsq.runtime.repo.languages import prose_of
+from dsq.runtime.repo.syntax import python_tree
 
 _LEAST = 200  # characters; less says too little
 

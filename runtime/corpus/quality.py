@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from html.parser import HTMLParser
 
-from dsq.runtime.syntax import syntax_fault
+from dsq.runtime.repo.syntax import syntax_fault
 
 MOST_AVERAGE_LINE = 100  # characters
 MOST_LINE = 1000  # characters

@@ -15,7 +15,7 @@ from dsq.convert.checkpoint import open_checkpoint
 from dsq.convert.imatrix import read_imatrix
 from dsq.convert.pipeline import plan_gguf, run_gguf_plan
 from dsq.quant.presets import preset
-from dsq.runtime.calibrate import Options, calibrate, choose_windows
+from dsq.runtime.calibration.calibrate import Options, calibrate, choose_windows
 from dsq.runtime.llamacpp import LlamaCppEngine
 from tests.models import TINY_CODER
 

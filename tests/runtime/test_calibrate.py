@@ -21,10 +21,11 @@ from dsq.convert.pipeline import plan_gguf, run_gguf_plan
 from dsq.errors import DsqError, InputError
 from dsq.quant.presets import preset
 from dsq.quant.stats import STAGES, Stats, input_of, read_stats
-from dsq.runtime import calibration_steps, decoder
-from dsq.runtime.calibrate import Options, calibrate, choose_windows
-from dsq.runtime.moments import Moments
-from dsq.runtime.workdir import WorkDir
+from dsq.runtime import decoder
+from dsq.runtime.calibration import steps as calibration_steps
+from dsq.runtime.calibration.calibrate import Options, calibrate, choose_windows
+from dsq.runtime.calibration.moments import Moments
+from dsq.runtime.calibration.workdir import WorkDir
 from tests.models import TINY_CODER, llama_config, random_weights, write_hf, write_safetensors
 
 pytestmark = pytest.mark.torch
@@ -160,7 +161,7 @@ def test_gradients_equal_autograd_through_the_whole_model(stats: Stats, whole: A
 def test_labels_are_drawn_in_proportion() -> None:
     import torch
 
-    from dsq.runtime.fisher import sampled_labels
+    from dsq.runtime.calibration.fisher import sampled_labels
 
     p = torch.tensor([0.5, 0.0, 0.3, 0.2])
     labels = sampled_labels(p.expand(1000, -1), (np.arange(1000) + 0.5) / 1000)
@@ -303,8 +304,9 @@ _CHILD = """
 import os, signal, sys
 from pathlib import Path
 import numpy as np
-from dsq.runtime import calibrate, calibration_steps
-from dsq.runtime.borders import Border
+from dsq.runtime.calibration import steps as calibration_steps
+from dsq.runtime.calibration import calibrate
+from dsq.runtime.calibration.borders import Border
 
 left, write = int(sys.argv[3]), Border.write
 

@@ -18,9 +18,11 @@ from dsq.errors import InputError
 from dsq.quant import ggml
 from dsq.quant.presets import preset
 from dsq.quant.stats import read_stats
-from dsq.runtime import calibrate, compensate, decoder
+from dsq.runtime import decoder
+from dsq.runtime.calibration import calibrate
 from dsq.runtime.evaluate import evaluate
-from dsq.runtime.two_ways import TwoWays
+from dsq.runtime.fidelity import compensate
+from dsq.runtime.fidelity.two_ways import TwoWays
 from tests.models import TINY_CODER, llama_config, write_hf
 
 torch = pytest.importorskip("torch")
@@ -227,7 +229,7 @@ def test_what_is_missing_is_what_the_output_lacks(tmp_path: Path) -> None:
 def test_verify_knows_what_was_moved_on_purpose(tmp_path: Path) -> None:
     """The file's own word widens the bounds; another model's weights are still told."""
     from dsq.cli.main import main
-    from dsq.runtime.verify import verify
+    from dsq.runtime.verification.verify import verify
     from tests.models import write_hf
 
     out = tmp_path / "m.gguf"

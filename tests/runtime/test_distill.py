@@ -12,8 +12,8 @@ from dsq.convert.checkpoint import open_checkpoint
 from dsq.convert.pipeline import plan_gguf, run_gguf_plan
 from dsq.errors import InputError
 from dsq.quant.presets import preset
-from dsq.runtime.distill import Options, Report, distill
 from dsq.runtime.evaluate import evaluate
+from dsq.runtime.fidelity.distill import Options, Report, distill
 from dsq.runtime.windows import cut
 from dsq.tokenizer_port.tokenizer import Tokenizer
 from tests.models import TINY_CODER, llama_config, write_hf

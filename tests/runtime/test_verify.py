@@ -24,9 +24,10 @@ from dsq.errors import InputError
 from dsq.quant import ggml
 from dsq.quant.presets import preset
 from dsq.quant.scheme import BF16, BY_NAME, F32
-from dsq.runtime import twin, verify_logits
-from dsq.runtime.receipt import Check, Verification, receipt_path, write_receipt
-from dsq.runtime.verify import verify
+from dsq.runtime.verification import logits as verify_logits
+from dsq.runtime.verification import twin
+from dsq.runtime.verification.receipt import Check, Verification, receipt_path, write_receipt
+from dsq.runtime.verification.verify import verify
 from dsq.tokenizer_port.tokenizer import Tokenizer
 from tests.models import llama_config, write_hf
 from tests.runtime.damage import rewrite, swapped, taken

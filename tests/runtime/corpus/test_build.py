@@ -16,7 +16,7 @@ from dsq.runtime.corpus import code, machine
 from dsq.runtime.corpus.build import Settings, from_repositories, mix_code
 from dsq.runtime.corpus.machine import Place, Places
 from dsq.runtime.corpus.named import Named
-from dsq.runtime.repo_files import find_repositories
+from dsq.runtime.repo.files import find_repositories
 from tests.runtime.corpus.conftest import NAMES, python_module, write_files
 from tests.runtime.corpus.test_quality import CHINESE, ENGLISH
 

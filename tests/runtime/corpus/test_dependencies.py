@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dsq.runtime.corpus.code import path_index
-from dsq.runtime.dependencies import dependency_order
-from dsq.runtime.languages import language_of, refine
-from dsq.runtime.syntax import imports
+from dsq.runtime.repo.dependencies import dependency_order
+from dsq.runtime.repo.languages import language_of, refine
+from dsq.runtime.repo.syntax import imports
 from tests.runtime.corpus.conftest import write_files
 
 

@@ -8,9 +8,9 @@ import subprocess
 import pytest
 
 from dsq.errors import InputError
-from dsq.runtime import repo_files
-from dsq.runtime.languages import LANGUAGES, language_of, path_comment
-from dsq.runtime.repo_files import SkippedFile, find_repositories, read_source
+from dsq.runtime.repo import files as repo_files
+from dsq.runtime.repo.files import SkippedFile, find_repositories, read_source
+from dsq.runtime.repo.languages import LANGUAGES, language_of, path_comment
 from tests.runtime.corpus.conftest import write_files
 
 

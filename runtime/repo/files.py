@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dsq.errors import InputError
-from dsq.runtime.gitignore import Ignores, ignores_above
-from dsq.runtime.languages import language_of, prose_of
+from dsq.runtime.repo.gitignore import Ignores, ignores_above
+from dsq.runtime.repo.languages import language_of, prose_of
 
 MOST_BYTES = 1 << 20  # a larger file is data, or generated
 MOST_ENTRIES = 1_000_000  # names read below one folder: bounds memory and time

@@ -31,11 +31,11 @@ from dsq.convert.verify_tensors import (
 )
 from dsq.errors import DsqError
 from dsq.quant.threads import default_threads
-from dsq.runtime import verify_logits
 from dsq.runtime.llama_vocab import LlamaVocab
-from dsq.runtime.receipt import Check, Verification, hash_side
-from dsq.runtime.twin import LlamaGraph
-from dsq.runtime.verify_logits import LogitsResult, compare_logits, mean_kld
+from dsq.runtime.verification import logits as verify_logits
+from dsq.runtime.verification.logits import LogitsResult, compare_logits, mean_kld
+from dsq.runtime.verification.receipt import Check, Verification, hash_side
+from dsq.runtime.verification.twin import LlamaGraph
 from dsq.tokenizer_port.corpus import corpus
 from dsq.tokenizer_port.tokenizer import Tokenizer
 from dsq.tokenizer_port.verify import parity

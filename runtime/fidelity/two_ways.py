@@ -19,9 +19,9 @@ import numpy as np
 import numpy.typing as npt
 
 from dsq.convert.spec import ModelSpec
-from dsq.runtime.borders import Border
+from dsq.runtime.calibration.borders import Border
+from dsq.runtime.calibration.moments import Moments
 from dsq.runtime.decoder import ATTN_IN, ATTN_OUT, FFN_IN, FFN_OUT, STAGES, Decoder
-from dsq.runtime.moments import Moments
 
 if TYPE_CHECKING:
     from torch import Tensor

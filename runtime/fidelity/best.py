@@ -23,10 +23,11 @@ from dsq.errors import InputError
 from dsq.quant.mix import Recipe
 from dsq.quant.presets import PRESETS
 from dsq.quant.stats import Stats, read_stats
-from dsq.runtime import calibrate, compensate, distill
+from dsq.runtime.calibration import calibrate
 from dsq.runtime.decoder import Decoder
-from dsq.runtime.mix import Budget, Table, choose_recipe, measure_table
-from dsq.runtime.teacher import Teacher
+from dsq.runtime.fidelity import compensate, distill
+from dsq.runtime.fidelity.mix import Budget, Table, choose_recipe, measure_table
+from dsq.runtime.fidelity.teacher import Teacher
 
 Checkpoint = HfCheckpoint | GgufCheckpoint
 Ids = npt.NDArray[np.int32]

@@ -13,7 +13,7 @@ from dsq.convert.atomic import check_space
 from dsq.convert.checkpoint import GgufCheckpoint, HfCheckpoint
 from dsq.quant.drift import pack
 from dsq.quant.fileio import read_at, reserve, write_at
-from dsq.runtime.borders import Border
+from dsq.runtime.calibration.borders import Border
 from dsq.runtime.decoder import Decoder, read_layer, read_tensor
 
 if TYPE_CHECKING:

@@ -33,8 +33,8 @@ from dsq.quant.grids import GRIDS
 from dsq.quant.threads import default_threads
 from dsq.quant.tunable import Tunable
 from dsq.runtime.decoder import Decoder, read_tensor
-from dsq.runtime.teacher import Teacher
-from dsq.runtime.teacher import kld as divergence
+from dsq.runtime.fidelity.teacher import Teacher
+from dsq.runtime.fidelity.teacher import kld as divergence
 
 if TYPE_CHECKING:
     from torch import Tensor

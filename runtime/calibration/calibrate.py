@@ -20,10 +20,10 @@ import numpy.typing as npt
 
 from dsq.convert.atomic import check_space, check_target, os_error
 from dsq.convert.checkpoint import open_checkpoint
-from dsq.runtime.calibration_plan import Options, choose_windows, plan_run
-from dsq.runtime.calibration_steps import FILE, Progress, Steps
-from dsq.runtime.peak_memory import PeakMemory
-from dsq.runtime.workdir import WorkDir
+from dsq.runtime.calibration.peak_memory import PeakMemory
+from dsq.runtime.calibration.plan import Options, choose_windows, plan_run
+from dsq.runtime.calibration.steps import FILE, Progress, Steps
+from dsq.runtime.calibration.workdir import WorkDir
 
 __all__ = ["Options", "Report", "calibrate", "choose_windows"]
 

@@ -14,16 +14,16 @@ from dsq.convert.names import gguf_name, permuted_heads
 from dsq.convert.tensor_plan import interleaved_rows
 from dsq.errors import DsqError
 from dsq.quant.stats import OUTPUT, StatsWriter, input_sizes
-from dsq.runtime.borders import Border
-from dsq.runtime.calibration_plan import Plan
+from dsq.runtime.calibration.borders import Border
+from dsq.runtime.calibration.moments import Moments, WatchedDecoder
+from dsq.runtime.calibration.plan import Plan
+from dsq.runtime.calibration.workdir import WorkDir
 from dsq.runtime.decoder import STAGES, read_layer, read_tensor
-from dsq.runtime.moments import Moments, WatchedDecoder
-from dsq.runtime.workdir import WorkDir
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from dsq.runtime.fisher import RecordingDecoder
+    from dsq.runtime.calibration.fisher import RecordingDecoder
 
 Progress = Callable[[int, int], None]
 """Called with steps done and steps in all; a step is a layer, forwards or backwards."""
@@ -118,7 +118,7 @@ class Steps:
     def _head(self) -> None:
         import torch
 
-        from dsq.runtime.fisher import head_gradient
+        from dsq.runtime.calibration.fisher import head_gradient
 
         norm = self._tensor("model.norm.weight")
         head = self._tensor("model.embed_tokens.weight" if self.spec.tied else "lm_head.weight")
@@ -142,7 +142,7 @@ class Steps:
     def _backward(self, layer: int) -> None:
         import torch
 
-        from dsq.runtime.fisher import layer_gradient
+        from dsq.runtime.calibration.fisher import layer_gradient
 
         weights = read_layer(self.plan.checkpoint, layer, self.plan.device)
         graph = self._recorder()
@@ -210,7 +210,7 @@ class Steps:
         return Moments(n, self.plan.device, hessian=self.plan.options.hessians)
 
     def _recorder(self) -> RecordingDecoder:
-        from dsq.runtime.fisher import RecordingDecoder
+        from dsq.runtime.calibration.fisher import RecordingDecoder
 
         return RecordingDecoder(self.spec, self.plan.n_ctx, self.plan.device)
 

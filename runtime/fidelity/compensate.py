@@ -31,7 +31,7 @@ from dsq.quant.scheme import GgmlType
 from dsq.quant.solver import DAMP, aim, factor
 from dsq.quant.threads import default_threads
 from dsq.runtime.decoder import STAGES, chosen_device, read_layer, read_tensor
-from dsq.runtime.two_ways import Seen, TwoWays
+from dsq.runtime.fidelity.two_ways import Seen, TwoWays
 
 if TYPE_CHECKING:
     from concurrent.futures import Executor

@@ -16,7 +16,7 @@ from dsq.quant.plan import Options
 from dsq.quant.presets import PRESETS, Preset
 from dsq.quant.scheme import BY_NAME, GgmlType
 from dsq.quant.stats import Stats
-from dsq.runtime.sensitivity import EMBEDDING, matrices, sensitivities
+from dsq.runtime.fidelity.sensitivity import EMBEDDING, matrices, sensitivities
 
 Checkpoint = HfCheckpoint | GgufCheckpoint
 

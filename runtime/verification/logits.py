@@ -21,7 +21,7 @@ from dsq.convert.tensor_plan import half_split_rows
 from dsq.convert.verify_tensors import release
 from dsq.errors import InputError
 from dsq.runtime import reference
-from dsq.runtime.twin import LlamaGraph, embedding_rows, slices, twin
+from dsq.runtime.verification.twin import LlamaGraph, embedding_rows, slices, twin
 
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int32]
