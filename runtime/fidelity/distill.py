@@ -12,49 +12,55 @@ run once, layer by layer, and its predictions lie on disk at 2 bytes a logit.
 
 from __future__ import annotations
 
+import hashlib
 import math
+import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from dsq.convert.atomic import atomic_files, check_target
+from dsq.convert.atomic import check_target, os_error, sync
 from dsq.convert.checkpoint import GgufCheckpoint, HfCheckpoint, open_checkpoint
-from dsq.convert.names import expected_tensors, gguf_name, permuted_heads
-from dsq.convert.tensor_plan import half_split_rows, interleaved_rows
+from dsq.convert.identity import model_identity
+from dsq.convert.names import gguf_name, permuted_heads
+from dsq.convert.tensor_plan import interleaved_rows
 from dsq.errors import DsqError, InputError
-from dsq.quant.grids import GRIDS
 from dsq.quant.threads import default_threads
-from dsq.quant.tunable import Tunable
-from dsq.runtime.decoder import Decoder, read_tensor
+from dsq.runtime.calibration.workdir import WorkDir, settings_hash
+from dsq.runtime.decoder import Decoder
+from dsq.runtime.fidelity.student import Student
 from dsq.runtime.fidelity.teacher import Teacher
 from dsq.runtime.fidelity.teacher import kld as divergence
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from torch.optim import Adam
 
 Ids = npt.NDArray[np.int32]
 Progress = Callable[[str, int, int, float], None]
 """Called with "original" or "distilling", steps done, steps in all, held-out KLD over its start."""
 
-EMBEDDING, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
+# Files of an unfinished run; a name with a dot is not gone on with.
+_RESULT, _TRAINING, _UNFINISHED = "distilled.gguf", "training.pt", ".training.pt"
+_STATE = ("step", "best_step", "looks", "kld_before", "kld_best", "seconds_in_steps", "best")
 
 
 @dataclass(frozen=True)
 class Options:
     """`lr` is the largest relative change of a scale in a step."""
 
-    lr: float = 2e-3
+    lr: float = 1e-3
     epochs: int = 2
-    batch_tokens: int = 2048
+    batch_tokens: int = 512
     held_out: float = 0.125  # of the windows, never trained on
-    check_every: int = 8  # steps between looks at the held-out windows
+    check_every: int = 16  # steps between looks at the held-out windows
     patience: int = 6  # looks without an improvement before it stops
     seed: int = 0
     n_threads: int | None = None
@@ -104,18 +110,26 @@ def distill(
     source, file = open_checkpoint(original), open_checkpoint(quantized)
     if not isinstance(file, GgufCheckpoint):
         raise InputError(f"{quantized}: only a GGUF can be distilled; quantize first")
+    if len(file.gguf.shards) > 1:
+        raise InputError(f"{quantized}: a split GGUF cannot be distilled; distill one file")
     _check_pair(source, file)
     train, held = _split(windows, options)
     start = time.perf_counter()
-    with TemporaryDirectory(prefix=".dsq-distill-", dir=out.parent) as folder:
-        graph = Decoder(source.spec, windows.shape[1], options.device)
-        teacher = Teacher(source, graph, np.concatenate([held, train]), Path(folder))
-        teacher.run(lambda done, total: progress("original", done, total, math.nan))
-        seconds_original = time.perf_counter() - start
-        student = Student(file, graph, options)
-        run = _Run(student, teacher, held, train, options, progress)
-        best = run.go()
-        _write(file, best, out, force=force)
+    try:
+        with WorkDir(out, _settings(source, quantized, windows, options)) as work:
+            graph = Decoder(source.spec, windows.shape[1], options.device)
+            teacher = Teacher(source, graph, np.concatenate([held, train]), work.path)
+            if not work.done:
+                teacher.run(lambda done, total: progress("original", done, total, math.nan))
+                work.save(1)
+            seconds_original = time.perf_counter() - start
+            student = Student(file, graph, options.batch_tokens, options.keep_bytes)
+            run = _Run(student, teacher, held, train, options, progress)
+            run.go(work.path)
+            _write(file, student, work.path / _RESULT)
+            work.finish(_RESULT, out)
+    except OSError as error:
+        raise os_error(error, out) from error
     return Report(
         steps=run.step,
         best_step=run.best_step,
@@ -127,6 +141,18 @@ def distill(
         seconds_original=seconds_original,
         seconds_per_step=run.seconds_in_steps / max(run.step, 1),
         layers_kept=student.keep,
+    )
+
+
+def _settings(
+    source: HfCheckpoint | GgufCheckpoint, quantized: Path, windows: Ids, options: Options
+) -> str:
+    digest = hashlib.sha256()
+    with open(quantized, "rb") as file:
+        while part := file.read(1 << 24):
+            digest.update(part)
+    return settings_hash(
+        model_identity(source), digest.hexdigest(), windows, options, version("dsq")
     )
 
 
@@ -152,129 +178,6 @@ def _split(windows: Ids, options: Options) -> tuple[Ids, Ids]:
     return windows[np.sort(order[n_held:])], windows[np.sort(order[:n_held])]
 
 
-class Gain:
-    """A norm's gains, times what is learned."""
-
-    def __init__(self, values: Tensor) -> None:
-        import torch
-
-        self._values = values
-        self.change = torch.zeros_like(values, requires_grad=True)
-
-    def weight(self) -> Tensor:
-        return self._values * (1 + self.change)
-
-
-class Student:
-    """The quantized model: what is learned, and one layer's weights at a time."""
-
-    def __init__(self, file: GgufCheckpoint, graph: Decoder, options: Options) -> None:
-        self.spec, self.graph = file.spec, graph
-        self.tunables: dict[str, Tunable] = {}
-        self.gains: dict[str, Gain] = {}
-        self._fixed: dict[str, Tensor] = {}
-        for name, shape in expected_tensors(self.spec).items():
-            info = file.tensors[gguf_name(name)]
-            if len(shape) == 2 and info.type.name in GRIDS and name not in (EMBEDDING, HEAD):
-                data = file.data(info.name).reshape(shape[0], -1)
-                heads = permuted_heads(info.name, self.spec)
-                rows = data[half_split_rows(len(data), heads)] if heads else data
-                self.tunables[name] = Tunable(rows, info.type, shape[1], options.device)
-            elif name.endswith("norm.weight"):
-                self.gains[name] = Gain(read_tensor(file, name, options.device))
-            else:
-                self._fixed[name] = read_tensor(file, name, options.device)
-        if not self.tunables:
-            raise InputError(
-                f"{file.path}: no tensor of a type whose scales dsq can tune ({', '.join(GRIDS)})"
-            )
-        self.keep = self._activation_bytes(options.batch_tokens) <= (
-            _free_bytes() // 2 if options.keep_bytes is None else options.keep_bytes
-        )
-
-    def _activation_bytes(self, n_tokens: int) -> int:
-        """What autograd keeps of all layers: activations and unpacked weights, in float32."""
-        spec = self.spec
-        a_token = 12 * spec.n_embd + 6 * spec.n_ff
-        weights = sum(t.weight().numel() for t in self._layer_tunables(0))
-        return 4 * spec.n_layer * (n_tokens * a_token + weights)
-
-    def _layer_tunables(self, layer: int) -> Iterator[Tunable]:
-        prefix = f"model.layers.{layer}."
-        return (t for name, t in self.tunables.items() if name.startswith(prefix))
-
-    def groups(self, lr: float) -> list[dict[str, Any]]:
-        """Adam's parameter groups."""
-        scales = [p for t in self.tunables.values() for p in t.parameters]
-        return [{"params": [*scales, *(g.change for g in self.gains.values())], "lr": lr}]
-
-    def parameters(self) -> list[Tensor]:
-        return [p for group in self.groups(0) for p in group["params"]]
-
-    def embed(self, ids: Tensor) -> Tensor:
-        return self._fixed[EMBEDDING][ids]
-
-    def layer(self, i: int, hidden: Tensor) -> Tensor:
-        prefix = f"model.layers.{i}."
-        parts: dict[str, Any] = {**self.tunables, **self.gains}
-        weights = {
-            name.removeprefix(prefix): part.weight()
-            for name, part in parts.items()
-            if name.startswith(prefix)
-        }
-        weights |= {
-            name.removeprefix(prefix): values
-            for name, values in self._fixed.items()
-            if name.startswith(prefix)
-        }
-        return self.graph.layer(weights, hidden)
-
-    def head(self) -> tuple[Tensor, Tensor]:
-        """Final norm's gains, and the head's matrix."""
-        return self.gains[NORM].weight(), self._fixed[EMBEDDING if self.spec.tied else HEAD]
-
-    def snapshot(self) -> list[Tensor]:
-        return [p.detach().clone() for p in self.parameters()]
-
-    def restore(self, values: Sequence[Tensor]) -> None:
-        for parameter, value in zip(self.parameters(), values, strict=True):
-            parameter.data.copy_(value)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        """The last hidden state, nothing kept."""
-        hidden = self.embed(ids)
-        for i in range(self.spec.n_layer):
-            hidden = self.layer(i, hidden)
-        return hidden
-
-    def backward(self, ids: Tensor, loss: Callable[[Tensor], tuple[float, Tensor]]) -> float:
-        """Accumulate gradients; `loss` takes the last hidden state, gives its value and gradient.
-
-        Between the layers the graph is cut, so that one layer's part is freed before the next.
-        """
-        import torch
-
-        inputs: list[Tensor] = []
-        outputs: list[Tensor | None] = []
-        hidden = self.embed(ids)
-        for i in range(self.spec.n_layer):
-            inputs.append(hidden.detach().requires_grad_())
-            with torch.set_grad_enabled(self.keep):
-                hidden = self.layer(i, inputs[-1])
-            outputs.append(hidden if self.keep else None)
-            hidden = hidden.detach()
-        value, gradient = loss(hidden)
-        for i in reversed(range(self.spec.n_layer)):
-            kept = outputs.pop()
-            with torch.enable_grad():
-                output = self.layer(i, inputs[-1]) if kept is None else kept
-            torch.autograd.backward(output, gradient)
-            below = inputs.pop().grad
-            assert below is not None, "the layer's input requires a gradient"
-            gradient = below
-        return value
-
-
 class _Run:
     def __init__(
         self,
@@ -293,21 +196,27 @@ class _Run:
         self.held = list(range(len(held)))
         self.train = np.arange(len(held), len(ids))
         self.progress = progress
-        self.step = self.best_step = 0
+        self.best: list[Tensor] = []
+        self.step = self.best_step = self.looks = 0
         self.kld_before = self.kld_best = math.inf
         self.seconds_in_steps = 0.0
 
-    def go(self) -> Student:
-        """Train; the student ends with the numbers that were best on the held-out windows."""
+    def go(self, folder: Path) -> None:
+        """Train; the student ends with the numbers that were best on the held-out windows.
+
+        At each look at them everything is kept in `folder`, from where a killed run goes on.
+        """
         import torch
 
         options, student = self.options, self.student
         n = max(1, options.batch_tokens // self.ids.shape[1])
         batches = self._batches(n)
         optimizer = torch.optim.Adam(student.groups(options.lr), betas=(0.9, 0.99))
-        self.kld_before = self.kld_best = self._held_out_kld(n)
-        best, looks = student.snapshot(), 0
-        for batch in batches:
+        if not self._load(folder, optimizer):
+            self.kld_before = self.kld_best = self._held_out_kld(n)
+            self.best = student.snapshot()
+        while self.step < len(batches) and self.looks < options.patience:
+            batch = batches[self.step]
             start = time.perf_counter()
             for group in optimizer.param_groups:
                 group["lr"] = options.lr * _schedule(self.step, len(batches))
@@ -318,17 +227,39 @@ class _Run:
             self.seconds_in_steps += time.perf_counter() - start
             if self.step % options.check_every and self.step < len(batches):
                 continue
-            kld = self._held_out_kld(n)
-            if kld < self.kld_best:
-                best, looks = student.snapshot(), 0
-                self.kld_best, self.best_step = kld, self.step
-            else:
-                looks += 1
-            self.progress("distilling", self.step, len(batches), kld / self.kld_before)
-            if looks >= options.patience:
-                break
-        student.restore(best)
-        return student
+            self._look(n)
+            self.progress("distilling", self.step, len(batches), self.kld_best / self.kld_before)
+            self._save(folder, optimizer)
+        student.restore(self.best)
+
+    def _look(self, n: int) -> None:
+        """Judge by the held-out windows."""
+        kld = self._held_out_kld(n)
+        self.looks += 1
+        if kld < self.kld_best:
+            self.best, self.looks = self.student.snapshot(), 0
+            self.kld_best, self.best_step = kld, self.step
+
+    def _save(self, folder: Path, optimizer: Adam) -> None:
+        import torch
+
+        state = {name: getattr(self, name) for name in _STATE}
+        state |= {"now": self.student.snapshot(), "optimizer": optimizer.state_dict()}
+        torch.save(state, folder / _UNFINISHED)
+        sync(folder / _UNFINISHED)
+        (folder / _UNFINISHED).replace(folder / _TRAINING)
+
+    def _load(self, folder: Path, optimizer: Adam) -> bool:
+        import torch
+
+        if not (folder / _TRAINING).exists():
+            return False
+        state = torch.load(folder / _TRAINING, map_location=self.ids.device, weights_only=True)
+        for name in _STATE:
+            setattr(self, name, state[name])
+        self.student.restore(state["now"])
+        optimizer.load_state_dict(state["optimizer"])
+        return True
 
     def _batches(self, n: int) -> list[list[int]]:
         rng = np.random.default_rng(self.options.seed + 1)
@@ -384,22 +315,17 @@ def _schedule(step: int, total: int) -> float:
     return warm * 0.5 * (1 + math.cos(math.pi * step / total))
 
 
-def _write(file: GgufCheckpoint, student: Student, out: Path, *, force: bool) -> None:
+def _write(file: GgufCheckpoint, student: Student, out: Path) -> None:
     """A copy of the file with the learned numbers in it."""
-    import shutil
-
-    check_target(out, force=force)
-    if len(file.gguf.shards) > 1:
-        raise InputError(f"{file.path}: a split GGUF cannot be distilled; distill one file")
-    with atomic_files([out]) as (temporary,):
-        shutil.copyfile(file.path, temporary)
-        with open(temporary, "r+b") as target:
-            for name, data in _changed(file, student):
-                info = file.tensors[name]
-                if len(data) != info.n_bytes:
-                    raise DsqError(f"{name}: {len(data)} bytes where {info.n_bytes} are stored")
-                target.seek(info.offset)
-                target.write(data)
+    shutil.copyfile(file.path, out)
+    with open(out, "r+b") as target:
+        for name, data in _changed(file, student):
+            info = file.tensors[name]
+            if len(data) != info.n_bytes:
+                raise DsqError(f"{name}: {len(data)} bytes where {info.n_bytes} are stored")
+            target.seek(info.offset)
+            target.write(data)
+    sync(out)
 
 
 def _changed(file: GgufCheckpoint, student: Student) -> Iterator[tuple[str, bytes]]:
@@ -409,14 +335,3 @@ def _changed(file: GgufCheckpoint, student: Student) -> Iterator[tuple[str, byte
         yield gguf, (packed[interleaved_rows(len(packed), heads)] if heads else packed).tobytes()
     for name, gain in student.gains.items():
         yield gguf_name(name), gain.weight().detach().cpu().numpy().astype("<f4").tobytes()
-
-
-def _free_bytes() -> int:
-    """Memory that can be had without swapping (Linux); else 2 GiB."""
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) << 10
-    except OSError:
-        pass
-    return 2 << 30

@@ -111,3 +111,35 @@ def test_bad_input(tmp_path: Path, windows: np.ndarray) -> None:
     with pytest.raises(InputError, match="no tensor of a type"):
         distill(TINY_CODER, quantized(tmp_path, "f16"), tmp_path / "out.gguf", windows)
     assert not (tmp_path / "out.gguf").exists()
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nobody catches it."""
+
+
+@pytest.mark.parametrize("moment", ["original", "distilling"])
+def test_a_killed_run_goes_on_to_the_same_bytes(
+    moment: str, windows: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, few = quantized(tmp_path, "q4_0"), windows[:24]
+    options = replace(FAST, check_every=2)
+    whole = distill(TINY_CODER, file, tmp_path / "whole.gguf", few, options)
+
+    def kill(what: str, done: int, total: int, ratio: float) -> None:
+        # The second look: what the first one kept is gone on with.
+        if what == moment and done >= min(4, total):
+            raise Killed
+
+    out = tmp_path / "killed.gguf"
+    with pytest.raises(Killed):
+        distill(TINY_CODER, file, out, few, options, progress=kill)
+    assert not out.exists()
+    done: list[tuple[str, int]] = []
+    again = distill(
+        TINY_CODER, file, out, few, options, progress=lambda what, n, *_: done.append((what, n))
+    )
+    if moment == "distilling":
+        assert done[0] == ("distilling", 4)  # the original is not run again, nor are steps 1 and 2
+    assert out.read_bytes() == (tmp_path / "whole.gguf").read_bytes()
+    assert (again.steps, again.kld_after) == (whole.steps, whole.kld_after)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["killed.gguf", "q4_0.gguf", "whole.gguf"]
