@@ -8,6 +8,7 @@ import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,7 @@ from dsq.errors import InputError
 
 if TYPE_CHECKING:
     from dsq.convert.checkpoint import GgufCheckpoint, HfCheckpoint
+    from dsq.convert.imatrix import Imatrix
     from dsq.quant.mix import Recipe
     from dsq.quant.stats import Stats
     from dsq.runtime.fidelity.mix import Budget, Table
@@ -112,7 +114,7 @@ def _best(args: argparse.Namespace) -> int:
         out,
         ids,
         Budget("bpw", float(match[1])),
-        Options(args.threads, args.seed, args.device or "auto"),
+        Options(args.threads, args.seed, args.device or "auto", about["name"]),
         force=args.force,
         pre=args.pre,
         tell=(lambda line: None) if args.json else (lambda line: print(line, flush=True)),
@@ -140,7 +142,6 @@ def _defaults(args: argparse.Namespace) -> None:
 def _mix(args: argparse.Namespace) -> int:
     from dsq.cli.quantize import write
     from dsq.convert.checkpoint import open_checkpoint
-    from dsq.convert.imatrix import sums_of_stats
     from dsq.quant.mix import read_recipe
     from dsq.runtime.fidelity.mix import choose_recipe, measure_table, plan_recipe
 
@@ -158,7 +159,7 @@ def _mix(args: argparse.Namespace) -> int:
             checkpoint,
             recipe,
             str(args.recipe or "the mix"),
-            imatrix=sums_of_stats(stats).means() if stats else None,
+            imatrix=_imatrix(args, stats) if stats else None,
             allow_requantize=args.allow_requantize,
             split_max_bytes=args.split_max_size,
             pre=args.pre,
@@ -174,8 +175,16 @@ def _mix(args: argparse.Namespace) -> int:
                 raise InputError(
                     "--method compensated, --distill: give --stats FILE, or --calibrate with --text"
                 )
-            found = compensation.Calibration(stats.tokens, sums_of_stats(stats).means())
+            found = compensation.Calibration.of_stats(stats)
         return write(args, checkpoint, plan, found, out, {"recipe": recipe.to_json()})
+
+
+def _imatrix(args: argparse.Namespace, stats: Stats) -> Imatrix:
+    """Its path goes into the file's metadata: without that of a folder of this run alone."""
+    from dsq.convert.imatrix import sums_of_stats
+
+    found = sums_of_stats(stats).means()
+    return replace(found, path=Path(stats.path.name)) if args.calibrate else found
 
 
 @contextmanager
@@ -227,7 +236,7 @@ def _budget(args: argparse.Namespace, checkpoint: HfCheckpoint | GgufCheckpoint)
         return Budget("bpw", args.target_bpw)
     if args.target_kld is not None:
         return Budget("kld", args.target_kld)
-    header = _header_bytes(checkpoint)
+    header = header_bytes(checkpoint)
     if args.target_size is not None:
         return Budget("bytes", args.target_size - header)
     n_ctx = args.ctx or checkpoint.spec.n_ctx
@@ -241,7 +250,7 @@ def _budget(args: argparse.Namespace, checkpoint: HfCheckpoint | GgufCheckpoint)
     return Budget("bytes", left)
 
 
-def _header_bytes(checkpoint: HfCheckpoint | GgufCheckpoint) -> int:
+def header_bytes(checkpoint: HfCheckpoint | GgufCheckpoint) -> int:
     """About what metadata and tokenizer take in the file."""
     from dsq.convert.pipeline import plan_gguf
     from dsq.quant.presets import PRESETS

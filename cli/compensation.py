@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from dsq.cli import common, corpus
 from dsq.cli.calibrate import count, windows
@@ -20,8 +19,8 @@ if TYPE_CHECKING:
 
     from dsq.convert.checkpoint import GgufCheckpoint, HfCheckpoint
     from dsq.convert.imatrix import Imatrix
-    from dsq.convert.pipeline import GgufPlan
-    from dsq.runtime.fidelity.compensate import Compensation
+    from dsq.convert.pipeline import GgufPlan, Progress
+    from dsq.quant.stats import Stats
 
 
 _OURS = ("stats", "calibrate", "damp", "device")
@@ -117,28 +116,38 @@ def _flags(names: list[str]) -> str:
 
 @dataclass(frozen=True, eq=False)
 class Calibration:
-    """Windows of tokens (windows, n_ctx), and the importance matrix that the plan is made with."""
+    """Windows of tokens (windows, n_ctx), the name of their text, and the importance matrix that
+    the plan is made with."""
 
     ids: npt.NDArray[np.int32]
+    text: str
     imatrix: Imatrix
+
+    @classmethod
+    def of_stats(cls, stats: Stats) -> Calibration:
+        from dsq.convert.imatrix import sums_of_stats
+
+        imatrix = sums_of_stats(stats).means()
+        return cls(stats.tokens, imatrix.datasets[0], imatrix)
 
 
 def calibration(args: argparse.Namespace, checkpoint: HfCheckpoint | GgufCheckpoint) -> Calibration:
     """What the options name: the tokens that statistics were made of, or those of a text.
 
     A text's importance matrix is not computed, as nothing would read it: it has the right names and
-    sizes, so that the types are those that llama-quantize chooses with one. Raises InputError for
+    sizes, so that the types are those that llama-quantize chooses with one, and leaves no trace in
+    the file's metadata (`with_method`). Raises InputError for
     statistics of another model, and for a text too short.
     """
     from dsq.convert.identity import model_identity
-    from dsq.convert.imatrix import Imatrix, sums_of_stats
+    from dsq.convert.imatrix import Imatrix
     from dsq.quant.stats import input_of, input_sizes, output_sizes, read_stats
 
     model = model_identity(checkpoint)
     if args.stats:
         stats = read_stats(args.stats)
         stats.check_model(model)
-        return Calibration(stats.tokens, sums_of_stats(stats).means())
+        return Calibration.of_stats(stats)
     import numpy as np
 
     args.ctx, args.tokens = args.ctx or 512, args.tokens or 64 << 10
@@ -148,34 +157,93 @@ def calibration(args: argparse.Namespace, checkpoint: HfCheckpoint | GgufCheckpo
     names = [name for name in output_sizes(model) if name != "output.weight"]
     values = {name: np.ones(sizes[input_of(name)], np.float32) for name in names}
     text = about["name"]
-    return Calibration(ids, Imatrix(Path(text), values, (text,), len(ids)))
+    return Calibration(ids, text, Imatrix(Path(text), values, (text,), len(ids)))
 
 
-@contextmanager
-def opened(
+def quantized(
     args: argparse.Namespace,
     checkpoint: HfCheckpoint | GgufCheckpoint,
     plan: GgufPlan,
-    found: Calibration | None,
+    found: Calibration,
     out: Path,
-) -> Iterator[Compensation | None]:
-    """What makes the plan's tensors from `found`; None without it."""
-    if found is None or args.method != "compensated":
-        yield None
-        return
-    from dsq.runtime.fidelity.compensate import Options, opened
+    *,
+    force: bool,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Carry the plan out with error feedback; what the report says of it."""
+    from dsq.runtime.fidelity.compensate import Options, quantize
 
     options = Options(n_threads=args.threads, device=args.device or "auto")
     if args.damp is not None:
         options = replace(options, damp=args.damp)
-    with opened(checkpoint, plan.steps, found.ids, out, options) as made:
-        yield made
+    start = time.perf_counter()
+    report = quantize(
+        checkpoint,
+        plan,
+        found.ids,
+        out,
+        options,
+        force=force,
+        allow_nonfinite=args.allow_nonfinite,
+        progress=progress,
+    )
+    return {
+        "files": [str(path) for path in report.paths],
+        "size_bytes": report.size_bytes,
+        "seconds": round(time.perf_counter() - start, 3),
+        "compensation": report.to_json(),
+    }
 
 
-def distilled(
-    args: argparse.Namespace, source: Path, quantized: Path, found: Calibration, out: Path
+class Quantize(Protocol):
+    """Writes the file as it is before distillation; what the report says of it."""
+
+    def __call__(self, out: Path, *, force: bool) -> dict[str, Any]: ...
+
+
+def with_distillation(
+    args: argparse.Namespace,
+    checkpoint: HfCheckpoint | GgufCheckpoint,
+    plan: GgufPlan,
+    found: Calibration,
+    out: Path,
+    quantize: Quantize,
 ) -> dict[str, Any]:
-    """Write `out` from the file `quantized`; the report's part."""
+    """Quantize, then distill, each done once in `OUT.partial`; what the report says of both."""
+    from importlib.metadata import version
+
+    from dsq.convert.atomic import check_space, os_error
+    from dsq.convert.identity import model_identity
+    from dsq.convert.pipeline import check_outputs
+    from dsq.runtime.calibration.workdir import WorkDir, settings_hash
+
+    check_outputs(checkpoint, plan, out, force=args.force)
+    settings = settings_hash(
+        model_identity(checkpoint),
+        [(step.name, step.to.name) for step in plan.steps],
+        [(e.key, e.value) for e in plan.layout.entries if isinstance(e.value, (str, int, float))],
+        [getattr(args, name) for name in ("distill", "damp", "device", "seed", "threads")],
+        version("dsq"),
+        found.ids,
+    )
+    try:
+        with WorkDir(out, settings) as work:
+            if not work.done:
+                check_space(out, 2 * plan.layout.data_bytes)
+            before, after = work.path / "quantized.gguf", work.path / "distilled.gguf"
+            report: dict[str, Any] = work.once("quantized", lambda: quantize(before, force=True))
+            report["distillation"] = work.once(
+                "distilled", lambda: _distilled(args, checkpoint.path, before, found, after)
+            )
+            work.finish(after.name, out)
+    except OSError as error:
+        raise os_error(error, out) from error
+    return {**report, "files": [str(out)]}
+
+
+def _distilled(
+    args: argparse.Namespace, source: Path, before: Path, found: Calibration, after: Path
+) -> dict[str, Any]:
     from dsq.runtime.fidelity.distill import Options, distill
 
     n_windows = max(4, args.distill // found.ids.shape[1])
@@ -190,15 +258,8 @@ def distilled(
             advance(max(0, now - shown))
             shown = max(now, shown)
 
-        report = distill(
-            source,
-            quantized,
-            out,
-            found.ids[:n_windows],
-            options,
-            force=args.force,
-            progress=tell,
-        )
+        windows = found.ids[:n_windows]
+        report = distill(source, before, after, windows, options, force=True, progress=tell)
     return report.to_json()
 
 
@@ -215,14 +276,6 @@ def tell_distilled(report: dict[str, Any]) -> None:
     )
 
 
-def to_json(found: Calibration, made: Compensation) -> dict[str, Any]:
-    return {
-        "tokens": int(found.ids.size),
-        "seconds": round(made.seconds, 3),
-        "tensors": [r.to_json() for r in made.reports],
-    }
-
-
 def tell(report: dict[str, Any]) -> None:
     """One line on how it went, and a warning for what was not wholly done."""
     tensors = report["tensors"]
@@ -236,6 +289,8 @@ def tell(report: dict[str, Any]) -> None:
     parts = [f"damp {', '.join(f'{d:g}' for d in sorted({t['damp'] for t in tensors}))}"]
     if errors:
         parts.append(f"{sum(errors) / len(errors):.2f} of plain rounding's layer error")
+    if report["resumed_layers"]:
+        parts.append(f"went on after {report['resumed_layers']} layers")
     dead = sum(t["dead_channels"] for t in tensors)
     parts += [f"{dead} dead channels"] if dead else []
     print(f"{len(tensors)} tensors compensated on {report['tokens']:,} tokens: {', '.join(parts)}")

@@ -1,4 +1,4 @@
-"""`dsq convert`: a checkpoint to GGUF, and a GGUF back to a Hugging Face directory."""
+"""`dsq convert`: a checkpoint to GGUF, GPTQ or EXL2, and a GGUF back to Hugging Face."""
 
 from __future__ import annotations
 
@@ -6,24 +6,30 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from dsq.cli import common
+from dsq.cli import calibration_text, common, convert_exl2, convert_gptq
+from dsq.cli.compensation import take_source
 from dsq.cli.progress import progress_bar
 from dsq.errors import InputError
 
-DESCRIPTION = "Convert a Hugging Face checkpoint to GGUF, or (--to hf) a GGUF to Hugging Face."
+DESCRIPTION = (
+    "Convert a Hugging Face checkpoint to GGUF, or (--to hf) a GGUF to Hugging Face, or either\n"
+    "to a directory of GPTQ (--to gptq) or EXL2 weights (--to exl2), calibrated on text."
+)
 EXAMPLE = "dsq convert ./deepseek-coder-1.3b-base --to gguf --outtype bf16 -o coder.gguf"
+
+_CALIBRATED = ("gptq", "exl2")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     common.add_source(parser, "src", "directory, hub id (org/name) or .gguf")
-    parser.add_argument("--to", choices=("gguf", "hf"), default="gguf")
+    parser.add_argument("--to", choices=("gguf", "hf", *_CALIBRATED), default="gguf")
     parser.add_argument(
         "--outtype",
         default="auto",
         metavar="TYPE",
         help="auto, f32, f16, bf16, q8_0, q4_k_m, … (auto: the type the weights are stored in)",
     )
-    parser.add_argument("-o", "--output", type=Path, help="file, or directory with --to hf")
+    parser.add_argument("-o", "--output", type=Path, help="file, or directory (all but gguf)")
     parser.add_argument("--dry-run", action="store_true", help="print the plan, write nothing")
     parser.add_argument("--split-max-size", type=common.size, metavar="4G", help="shard the GGUF")
     parser.add_argument("--pre", help="pre-tokenizer name, when it is not recognised")
@@ -40,20 +46,44 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="--to hf: add normal noise of F × each block's step, so that a model which was "
         "quantized before does not lie on its old grid when drift is measured",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of --dither")
+    parser.add_argument("--seed", type=int, default=0, help="of --dither, or draws windows of text")
     common.add_threads(parser)
     common.add_hub(parser)
     common.add_json(parser)
+    convert_gptq.add_arguments(parser)
+    convert_exl2.add_arguments(parser)
+    calibration_text.add_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
+    _check(args)
+    if args.to == "gptq":
+        return convert_gptq.run(args)
+    if args.to == "exl2":
+        return convert_exl2.run(args)
     if args.to == "hf":
         return _to_hf(args)
     from dsq.cli.quantize import convert_to_gguf
 
-    if args.dither:
-        raise InputError("--dither goes with --to hf")
     return convert_to_gguf(args, args.outtype, allow_requantize=args.allow_requantize)
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Refuse options of another format, and find a SRC that --text has swallowed."""
+    if args.to != "gptq":
+        calibration_text.refuse(args, convert_gptq.OPTIONS, "gptq")
+    if args.to != "exl2":
+        calibration_text.refuse(args, convert_exl2.OPTIONS, "exl2")
+    if args.to != "hf" and args.dither:
+        raise InputError("--dither goes with --to hf")
+    if args.to not in _CALIBRATED:
+        calibration_text.refuse(args, calibration_text.OPTIONS, "gptq or --to exl2")
+        return
+    take_source(args)
+    calibration_text.refuse(args, ("split_max_size", "allow_requantize"), "gguf")
+    calibration_text.refuse(args, ("allow_nonfinite",), "gguf or --to hf")
+    if args.outtype != "auto":
+        raise InputError(f"--outtype {args.outtype}: --to {args.to} keeps what is not quantized")
 
 
 def _to_hf(args: argparse.Namespace) -> int:

@@ -25,12 +25,16 @@ VERBS: dict[str, str] = {
     "quantize": "to any of llama.cpp's types, from a GGUF or straight from a checkpoint",
     "eval": "perplexity, and the divergence from a reference",
     "inspect": "what is in a model file, and the memory it needs",
+    "fit": "which quantization fits this machine, and how fast it can be",
+    "devices": "what each engine sees here, and how to install what is missing",
+    "package": "a folder that Ollama or LM Studio takes in",
     "verify": "prove that an artifact is its source, and write a receipt",
     "tokenize": "ids and pieces of a text, side by side",
     "tokenizer": "check a tokenizer against llama.cpp's own",
     "doctor": "find and mend what old conversions got wrong in a GGUF",
     "complete": "complete code: plain, or fill in the middle",
     "chat": "talk to an instruct model",
+    "serve": "models over HTTP, for editors and OpenAI clients",
     "report": "one page on what each quantized file cost",
 }
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import re
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from dsq.cli import best, common, compensation
@@ -159,26 +159,20 @@ def write(
     more: Mapping[str, Any] | None = None,
 ) -> int:
     """Carry the plan out and report; `more` goes into the JSON report as it is."""
-    from dsq.convert.atomic import check_target
     from dsq.convert.pipeline import with_method
     from dsq.convert.rope import describe
 
     if found:
-        plan = with_method(plan, compensation.method(args))
+        n_tokens = int(found.ids.size)
+        plan = with_method(plan, compensation.method(args), text=found.text, n_tokens=n_tokens)
     report: dict[str, Any] = {"output": str(out), **plan.to_json(), **(more or {})}
     if not args.dry_run:
         del report["tensors"]
+        run = partial(_run, args, checkpoint, plan, found)
         if found and args.distill:
-            check_target(out, force=args.force, n_bytes=2 * plan.layout.data_bytes)
-            with TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
-                before = Path(folder) / "quantized.gguf"
-                report |= _run(args, checkpoint, plan, found, before)
-                report["distillation"] = compensation.distilled(
-                    args, checkpoint.path, before, found, out
-                )
-            report["files"] = [str(out)]
+            report |= compensation.with_distillation(args, checkpoint, plan, found, out, run)
         else:
-            report |= _run(args, checkpoint, plan, found, out)
+            report |= run(out, force=args.force)
     if args.json:
         common.print_json(report)
     else:
@@ -196,32 +190,31 @@ def _run(
     plan: GgufPlan,
     found: compensation.Calibration | None,
     out: Path,
+    *,
+    force: bool,
 ) -> dict[str, Any]:
     """Carry the plan out; what the report says of it."""
-    from dsq.convert.pipeline import plain, run_gguf_plan
+    from dsq.convert.pipeline import run_gguf_plan
 
-    with (
-        progress_bar(f"→ {out}", plan.layout.data_bytes, quiet=args.json) as advance,
-        compensation.opened(args, checkpoint, plan, found, out) as made,
-    ):
+    with progress_bar(f"→ {out}", plan.layout.data_bytes, quiet=args.json) as advance:
+        if found and args.method == "compensated":
+            return compensation.quantized(
+                args, checkpoint, plan, found, out, force=force, progress=advance
+            )
         artifact = run_gguf_plan(
             checkpoint,
             plan,
             out,
-            force=args.force,
+            force=force,
             threads=args.threads,
             allow_nonfinite=args.allow_nonfinite,
             progress=advance,
-            made=made.take if made else plain,
         )
-    done: dict[str, Any] = {
+    return {
         "files": [str(p) for p in artifact.paths],
         "size_bytes": artifact.size_bytes,
         "seconds": round(artifact.seconds, 3),
     }
-    if found and made:
-        done["compensation"] = compensation.to_json(found, made)
-    return done
 
 
 def _print(plan: GgufPlan, report: dict[str, Any], rope: str, *, dry_run: bool) -> None:

@@ -17,6 +17,10 @@ from dsq.convert.files import human, special_kind
 from dsq.errors import DsqError, InputError
 
 
+class DiskError(InputError):
+    """The disk would not do it, and no other input would help: the same run may succeed later."""
+
+
 def check_target(path: Path, *, force: bool, n_bytes: int = 0) -> None:
     """Refuse what is sure to fail later: an existing output, a missing or full folder."""
     _refuse_special(path)
@@ -47,7 +51,7 @@ def check_space(path: Path, n_bytes: int) -> None:
         raise InputError(f"{folder} is read-only; give another output")
     free = shutil.disk_usage(folder).free
     if n_bytes > free:
-        raise InputError(
+        raise DiskError(
             f"{folder} has {human(free)} free, but {path.name} needs {human(n_bytes)}; "
             f"free some space or give another output"
         )
@@ -68,11 +72,11 @@ def atomic_files(paths: Sequence[Path]) -> Iterator[list[Path]]:
     try:
         yield temporary
         for path in temporary:
-            _fsync(path)
+            sync(path)
         for path, final in zip(temporary, paths, strict=True):
             path.replace(final)
         for folder in {p.parent for p in paths}:
-            _fsync(folder)
+            sync(folder)
     except OSError as error:
         raise os_error(error, paths[0]) from error
     finally:
@@ -95,7 +99,7 @@ def atomic_directory(path: Path, *, force: bool, ours: Callable[[str], bool]) ->
         temporary.mkdir()
         yield temporary
         for file in temporary.iterdir():
-            _fsync(file)
+            sync(file)
         if path.exists():
             old = path.with_name(f".{path.name}.{secrets.token_hex(4)}.old")
             path.rename(old)
@@ -103,7 +107,7 @@ def atomic_directory(path: Path, *, force: bool, ours: Callable[[str], bool]) ->
             shutil.rmtree(old)
         else:
             temporary.rename(path)
-        _fsync(path.parent)
+        sync(path.parent)
     except OSError as error:
         raise os_error(error, path) from error
     finally:
@@ -152,7 +156,8 @@ def start_writeback(descriptor: int) -> None:
         function(descriptor, 0, 0, SYNC_FILE_RANGE_WRITE)
 
 
-def _fsync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """What was written to a file, or the names in a folder, survives a power cut."""
     if os.name == "nt":  # Windows flushes files opened for writing, and no folders
         if path.is_dir():
             return
@@ -181,4 +186,4 @@ def os_error(error: OSError, path: Path) -> DsqError:
     remedy = _REMEDY.get(error.errno or 0)
     if remedy is None:
         return DsqError(f"{path}: {error.strerror or error}")
-    return InputError(f"{path}: {remedy}")
+    return DiskError(f"{path}: {remedy}")

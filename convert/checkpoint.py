@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -14,8 +14,11 @@ import numpy.typing as npt
 
 from dsq.convert.gguf.reader import GgufFile, read_gguf
 from dsq.convert.gguf.spec import spec_from_gguf
+from dsq.convert.gptq.reader import GptqLinears
 from dsq.convert.json_file import read_object, shown
 from dsq.convert.names import ROPE_FREQS, expected_tensors, gguf_name, hf_name
+from dsq.convert.open_packed import has_packed_weights, open_packed, packed_method
+from dsq.convert.packed import Codes, PackedLinears
 from dsq.convert.spec import ModelSpec, spec_from_config
 from dsq.convert.tensors import TensorInfo
 from dsq.convert.weight_files import Weights, has_weights, open_weights
@@ -23,6 +26,9 @@ from dsq.errors import InputError
 
 if TYPE_CHECKING:
     from dsq.tokenizer_port.vocabulary import Vocabulary
+
+# What a GGUF says of itself (dsq.quantize.method) when it was made of a `gathered` checkpoint.
+GATHERED = "gathered"
 
 _COMPARE_BYTES = 1 << 24
 _SHARD = re.compile(r"-(\d{5})-of-\d{5}\.gguf$")
@@ -52,7 +58,10 @@ class Checkpoint(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class HfCheckpoint:
-    """A Hugging Face directory. `tensors` is complete and checked against `spec`."""
+    """A Hugging Face directory. `tensors` is complete and checked against `spec`.
+
+    A GPTQ or EXL2 directory seems to hold dense matrices, in float32: see `PackedLinears`.
+    """
 
     path: Path
     spec: ModelSpec
@@ -61,11 +70,39 @@ class HfCheckpoint:
     generation_config: dict[str, Any]
     weights: Weights
     check_tied: Callable[[], None]  # reads weights, so it waits until some are asked for
+    packed: PackedLinears | None = None  # the matrices of a GPTQ or EXL2 directory
     format: Literal["hf"] = "hf"
 
     def data(self, name: str) -> npt.NDArray[np.uint8]:
+        """As in `Checkpoint`; a packed matrix is dequantized to float32."""
         self.check_tied()
+        if self.packed is not None and name in self.packed.tensors:
+            return self.packed.data(name)
         return self.weights.read(_tensor(self, name))
+
+    def codes(self, name: str) -> Codes | None:
+        """The codes of a packed matrix; None for a tensor that is stored dense."""
+        packed = self.packed is not None and name in self.packed.tensors
+        return self.packed.codes(name) if self.packed is not None and packed else None
+
+    def stored_as(self, name: str) -> tuple[str, int]:
+        """What a tensor is in the files, and its bytes there: a packed matrix seems larger."""
+        if self.packed is not None and name in self.packed.tensors:
+            return self.packed.kind(name), self.packed.stored_bytes(name)
+        info = _tensor(self, name)
+        return info.type.name, info.n_bytes
+
+    def gathered(self) -> HfCheckpoint:
+        """The same model, more of whose GPTQ groups are runs: see `GptqLinears.gathered`."""
+        if not isinstance(self.packed, GptqLinears) or self.spec.mlp_bias:
+            return self
+        packed = self.packed.gathered()
+        return self if packed is self.packed else replace(self, packed=packed)
+
+    @property
+    def files(self) -> set[Path]:
+        """Every file that holds weights."""
+        return {info.path for info in self.weights.tensors.values()}
 
     def vocabulary(self, *, pre: str | None = None) -> Vocabulary:
         from dsq.tokenizer_port.load import load_hf
@@ -113,7 +150,7 @@ def open_checkpoint(source: str | Path) -> HfCheckpoint | GgufCheckpoint:
         raise InputError(f"{path}: neither a directory nor a .gguf file")
     if not path.is_dir():
         raise InputError(f"{path}: there is no such file or directory")
-    if (path / "config.json").is_file() and has_weights(path):
+    if (path / "config.json").is_file() and (has_weights(path) or has_packed_weights(path)):
         return _open_hf(path)
     ggufs = _gguf_models(path)
     if len(ggufs) == 1:
@@ -161,19 +198,28 @@ def _open_hf(path: Path) -> HfCheckpoint:
     config = read_object(path / "config.json")
     generation = path / "generation_config.json"
     generation_config = read_object(generation) if generation.is_file() else {}
+    method = packed_method(path, config)
     try:
-        spec = spec_from_config(config, generation_config)
+        spec = spec_from_config(_without_packing(config) if method else config, generation_config)
     except InputError as error:
         raise type(error)(f"{path}: {error}") from error
-    weights = open_weights(path)
-    tensors = dict(weights.tensors)
+    packed: PackedLinears | None = None
+    if method:
+        spec, weights, tensors, packed = open_packed(path, method, config, spec)
+    else:
+        weights = open_weights(path)
+        tensors = dict(weights.tensors)
     check_tied: Callable[[], None] = _nothing
     if spec.tied and "lm_head.weight" in tensors:
         pair = dict(tensors)
         check_tied = cache(lambda: _check_tied(path, pair, weights))
         del tensors["lm_head.weight"]
     _check_tensors(path, spec, tensors)
-    return HfCheckpoint(path, spec, tensors, config, generation_config, weights, check_tied)
+    return HfCheckpoint(path, spec, tensors, config, generation_config, weights, check_tied, packed)
+
+
+def _without_packing(config: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in config.items() if key != "quantization_config"}
 
 
 def _nothing() -> None:

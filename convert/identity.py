@@ -26,7 +26,7 @@ def model_identity(checkpoint: HfCheckpoint | GgufCheckpoint) -> dict[str, Any]:
     """
     spec = checkpoint.spec
     norms, weights = hashlib.sha256(), hashlib.sha256()
-    quantized = False
+    quantized = isinstance(checkpoint, HfCheckpoint) and checkpoint.packed is not None
     for name, shape in expected_tensors(spec).items():
         own = gguf_name(name) if checkpoint.format == "gguf" else name
         info = checkpoint.tensors[own]

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dsq.convert.checkpoint import GgufCheckpoint, HfCheckpoint, open_checkpoint
 from dsq.convert.gguf.reader import GgufFile, read_gguf
+from dsq.convert.memory import compute_bytes, kv_bytes
 from dsq.convert.names import ROPE_FREQS
 from dsq.convert.spec import ModelSpec
 from dsq.errors import InputError
 from dsq.tokenizer_port.vocabulary import TokenType, Vocabulary
-
-N_UBATCH = 512  # llama.cpp's default: tokens that one compute graph holds
 
 
 @dataclass(frozen=True)
@@ -45,13 +43,12 @@ class Memory:
 
 
 def memory_at(spec: ModelSpec, weights: int, n_ctx: int) -> Memory:
-    """See `Memory`. The KV cache is exact: 2 × layers × KV heads × head_dim × n_ctx × 2 bytes."""
-    widest = max(spec.n_vocab, 3 * spec.n_ff + 2 * spec.n_embd)
+    """See `Memory`; with an f16 cache, as llama.cpp allocates it."""
     return Memory(
         n_ctx=n_ctx,
         weights=weights,
-        kv_cache=int(spec.kv_bytes_per_token() * n_ctx),
-        compute=4 * min(N_UBATCH, n_ctx) * widest,
+        kv_cache=kv_bytes(spec, n_ctx),
+        compute=compute_bytes(spec, n_ctx),
     )
 
 
@@ -62,11 +59,15 @@ def inspect_checkpoint(
     spec = checkpoint.spec
     tensors = checkpoint.tensors.values()
     n_params = sum(t.n_elements for t in tensors if t.name != ROPE_FREQS)
-    n_bytes = sum(t.n_bytes for t in tensors)
     by_type: dict[str, dict[str, int]] = {}
-    for name, count in Counter(t.type.name for t in tensors).items():
-        size = sum(t.n_bytes for t in tensors if t.type.name == name)
-        by_type[name] = {"count": count, "bytes": size}
+    for tensor in tensors:
+        kind, size = tensor.type.name, tensor.n_bytes
+        if isinstance(checkpoint, HfCheckpoint):
+            kind, size = checkpoint.stored_as(tensor.name)
+        entry = by_type.setdefault(kind, {"count": 0, "bytes": 0})
+        entry["count"] += 1
+        entry["bytes"] += size
+    n_bytes = sum(entry["bytes"] for entry in by_type.values())
     return {
         "path": str(checkpoint.path),
         "format": checkpoint.format,

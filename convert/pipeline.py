@@ -41,6 +41,8 @@ from dsq.quant.scheme import F32
 from dsq.quant.stream import Job, quantize_stream
 from dsq.quant.threads import default_threads
 
+_OURS, _IMATRIX = "dsq.quantize.", "quantize.imatrix."
+
 Progress = Callable[[int], None]
 Made = Callable[[TensorStep], "npt.NDArray[np.uint8] | None"]
 """Asked for each step in turn: its rows as they shall be stored, or None to make them here."""
@@ -101,6 +103,12 @@ def plan_gguf(
     """Decide every tensor and every key of the GGUF that `preset` makes of `checkpoint`."""
     spec = checkpoint.spec
     if isinstance(checkpoint, HfCheckpoint):
+        if checkpoint.packed is not None and preset.base.is_quantized and not allow_requantize:
+            raise InputError(
+                f"{checkpoint.path} is {checkpoint.packed.method} already: quantizing it again to "
+                f"{preset.name} loses more than quantizing the original; keep its codes (dsq "
+                f"convert --to gguf, no --outtype), or --allow-requantize"
+            )
         steps = plan_from_hf(spec, checkpoint.tensors, preset, options, imatrix)
         n_params = sum(t.n_elements for t in checkpoint.tensors.values())
         entries = model_entries(
@@ -125,12 +133,29 @@ def plan_gguf(
     return GgufPlan(preset, steps, gguf_layout(entries, tensors, split_max_bytes), imatrix)
 
 
-def with_method(plan: GgufPlan, method: str) -> GgufPlan:
+def with_method(plan: GgufPlan, method: str, *, text: str = "", n_tokens: int = 0) -> GgufPlan:
     """The plan, with how its weights come to be among the file's keys: they are no plain rounding
-    of the source's, which `verify` has to know."""
-    kept = [entry for entry in plan.layout.entries if entry.key != METHOD]
-    entries = (*kept, KeyValue(METHOD, method, STRING))
-    return replace(plan, layout=replace(plan.layout, entries=entries))
+    of the source's, which `verify` has to know.
+
+    `text` names what they were calibrated on, if it is known. No importance matrix weighs what is
+    "compensated": it has only a say in the types.
+    """
+    entries = [entry for entry in plan.layout.entries if not entry.key.startswith(_OURS)]
+    if "compensated" in method.split("+"):
+        entries = [entry for entry in entries if not entry.key.startswith(_IMATRIX)]
+        plan = replace(plan, imatrix=None)
+    entries += method_entries(method, text, n_tokens)
+    return replace(plan, layout=replace(plan.layout, entries=tuple(entries)))
+
+
+def method_entries(method: str, text: str, n_tokens: int) -> list[KeyValue]:
+    """See `with_method`."""
+    entries = [KeyValue(METHOD, method, STRING)]
+    if text:
+        entries.append(KeyValue(f"{_OURS}dataset", text, STRING))
+    if n_tokens:
+        entries.append(KeyValue(f"{_OURS}tokens", n_tokens, U32))
+    return entries
 
 
 def file_preset(checkpoint: HfCheckpoint | GgufCheckpoint) -> Preset | None:
@@ -164,11 +189,7 @@ def run_gguf_plan(
 ) -> Artifact:
     """Write the artifact. Raises InputError for bad weights or a bad target."""
     start = time.perf_counter()
-    sources = {p.resolve() for p in source_files(checkpoint)}
-    for path in shard_paths(out, len(plan.layout.shards)):
-        if path.resolve() in sources:
-            raise InputError(f"{path} is the source itself; give another output")
-        check_target(path, force=force, n_bytes=plan.layout.data_bytes)
+    check_outputs(checkpoint, plan, out, force=force)
     slabs = quantize_stream(
         gguf_jobs(checkpoint, plan.steps, plan.imatrix, made),
         threads=threads or default_threads(),
@@ -176,6 +197,17 @@ def run_gguf_plan(
     )
     paths = write_gguf(out, plan.layout, slabs, progress)
     return Artifact(tuple(paths), sum(p.stat().st_size for p in paths), time.perf_counter() - start)
+
+
+def check_outputs(
+    checkpoint: HfCheckpoint | GgufCheckpoint, plan: GgufPlan, out: Path, *, force: bool
+) -> None:
+    """Refuse an output that is the source, exists (unless `force`) or has no room."""
+    sources = {p.resolve() for p in source_files(checkpoint)}
+    for path in shard_paths(out, len(plan.layout.shards)):
+        if path.resolve() in sources:
+            raise InputError(f"{path} is the source itself; give another output")
+        check_target(path, force=force, n_bytes=plan.layout.data_bytes)
 
 
 def gguf_jobs(
@@ -206,6 +238,8 @@ def gguf_jobs(
 
 
 def source_files(checkpoint: HfCheckpoint | GgufCheckpoint) -> set[Path]:
+    if isinstance(checkpoint, HfCheckpoint):
+        return checkpoint.files
     return {t.path for t in checkpoint.tensors.values()}
 
 

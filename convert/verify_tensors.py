@@ -121,8 +121,9 @@ class StoredTensor:
         """The file's row of each row."""
         return half_split_rows(self.n_rows, self.heads) if self.heads else np.arange(self.n_rows)
 
-    @cached_property
+    @property
     def raw(self) -> npt.NDArray[np.uint8]:
+        # Asked for each time: a checkpoint keeps no more than one tensor that it has to unpack
         data = self.checkpoint.data(self.info.name)
         return data.reshape(self.n_rows, self.info.type.row_bytes(self.n_per_row))
 

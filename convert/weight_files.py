@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import glob
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,13 +44,57 @@ def open_weights(directory: Path) -> Weights:
             f"{directory}: no weights: expected {_SAFETENSORS} or {_BIN}, or their .index.json "
             f"with shards"
         )
+    return _open(found)
+
+
+def open_packed_weights(directory: Path, stems: Sequence[str]) -> Weights:
+    """As `open_weights`, for packed weights: safetensors with integers, under more names.
+
+    `stems` are tried before `model`: `STEM.safetensors`, or `STEM-00001-of-0000N.safetensors`
+    without an index, as exllamav2 leaves them beside the index of the model that it started from.
+    """
+    for stem in stems:
+        whole = directory / f"{stem}.safetensors"
+        paths = [whole] if whole.is_file() else _shards(directory, stem)
+        if paths:
+            files = MappedFiles()
+            tensors = _merge((path, read_header(path, integers=True)) for path in paths)
+            return Weights(tensors, files.view)
+    found = _find(directory)
+    if found is None or not found.name.startswith(_SAFETENSORS):
+        names = ", ".join(f"{stem}.safetensors" for stem in ("model", *stems))
+        raise InputError(
+            f"{directory}: no packed weights: expected {names}, or shards; .bin files are not read"
+        )
+    return _open(found, integers=True)
+
+
+def _shards(directory: Path, stem: str) -> list[Path]:
+    """All shards of `stem`; none if there is no first one."""
+    first = sorted(directory.glob(f"{glob.escape(stem)}-00001-of-?????.safetensors"))
+    if not first:
+        return []
+    count = first[0].name.removesuffix(".safetensors")[-5:]
+    if len(first) > 1 or not count.isdigit():
+        raise InputError(f"{directory}: {stem} is there in shards of two models; keep one")
+    names = [f"{stem}-{i:05d}-of-{count}.safetensors" for i in range(1, int(count) + 1)]
+    for name in names:
+        if not (directory / name).is_file():
+            raise InputError(
+                f"{directory / name}: missing, but {first[0].name} is there; download it"
+            )
+    return [directory / name for name in names]
+
+
+def _open(found: Path, *, integers: bool = False) -> Weights:
+    """The weights of one file, or of the shards that an index lists."""
     weight_map = _weight_map(found) if found.name.endswith(".index.json") else None
     paths = (
         [found] if weight_map is None else sorted({found.parent / s for s in weight_map.values()})
     )
     if found.name.startswith(_SAFETENSORS):
         files = MappedFiles()
-        tensors = _merge((path, read_header(path)) for path in paths)
+        tensors = _merge((path, read_header(path, integers=integers)) for path in paths)
         weights = Weights(tensors, files.view)
     else:
         torch_files = {path: TorchFile(path) for path in paths}

@@ -19,10 +19,10 @@ import json
 import os
 import re
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -278,7 +278,7 @@ class _Tensors:
             )
 
 
-class StatsWriter:
+class StatsWriter(AbstractContextManager["StatsWriter"]):
     """Writes a statistics file in place, in any order: the layout is known before the first value.
 
     A file that is there with the same header is gone on with (a resumed calibration). The caller
@@ -344,23 +344,8 @@ class StatsWriter:
         """What was put so far survives a power cut."""
         os.fsync(self._file)
 
-    def close(self) -> None:
+    def __exit__(self, *_: object) -> None:
         os.close(self._file)
-
-    def __enter__(self) -> StatsWriter:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        try:
-            if kind is None:
-                self.sync()
-        finally:
-            self.close()
 
 
 def _layout(

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from dsq.errors import InputError
 from dsq.quant.drift import Accumulator, Drift, PackedRows, TokenScores, pack
-from dsq.quant.threads import default_threads
+from dsq.quant.threads import free_cores
 from dsq.runtime import windows as protocol
 from dsq.runtime.engine import Engine
 from dsq.runtime.reference_cache import CorruptEntry, ReferenceCache, Shape
@@ -83,7 +83,7 @@ def measure(
     fit in it; the figures are the same either way. Raises InputError for texts too short and for
     two models that do not share a vocabulary.
     """
-    threads = n_threads or default_threads()
+    threads = n_threads or free_cores()
     settings = EngineSettings(n_ctx, threads, n_gpu_layers, kv_type)
     candidate = Source(model)
     reference = None if ref is None else Source(ref)

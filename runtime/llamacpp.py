@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from dsq.errors import DsqError, InputError
 from dsq.quant.scheme import ggml_type
-from dsq.quant.threads import default_threads
+from dsq.quant.threads import free_cores
 from dsq.runtime import llama_log
 from dsq.runtime.engine import Floats
 
@@ -81,7 +81,7 @@ class LlamaCppEngine:
         self._n_vocab = int(llama_cpp.llama_vocab_n_tokens(vocab))
         self._n_seq = n_seq_max
         self._n_batch = min(n_batch, self._n_ctx * n_seq_max)
-        self._ctx = self._open(n_ubatch, n_threads or default_threads(), kv_type, flash_attention)
+        self._ctx = self._open(n_ubatch, n_threads or free_cores(), kv_type, flash_attention)
         self._memory = llama_cpp.llama_get_memory(self._ctx)
         self._tokens: list[int] = []
         self._batch = _Batch(self._n_batch)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from dsq.convert.checkpoint import open_checkpoint
+from dsq.convert.checkpoint import GgufCheckpoint, HfCheckpoint, open_checkpoint
 from dsq.convert.spec import ModelSpec
 from dsq.errors import DsqError, InputError
 from dsq.quant.threads import default_threads
@@ -39,6 +39,15 @@ def require_torch(path: str | Path) -> None:
         ) from error
 
 
+def _dequantized(checkpoint: HfCheckpoint | GgufCheckpoint) -> dict[str, Any] | None:
+    """A GPTQ or EXL2 directory's weights in float32; None for a dense one, read by transformers."""
+    if not isinstance(checkpoint, HfCheckpoint) or checkpoint.packed is None:
+        return None
+    from dsq.runtime.decoder import read_tensor
+
+    return {name: read_tensor(checkpoint, name) for name in checkpoint.tensors}
+
+
 class TorchEngine:
     """See `dsq.runtime.engine.Engine`. Raises InputError without the torch extra."""
 
@@ -53,9 +62,11 @@ class TorchEngine:
         self._n_ctx = n_ctx or spec.n_ctx
         self._torch = torch
         torch.set_num_threads(n_threads or default_threads())
+        packed = _dequantized(self._checkpoint)
         with _quiet():
             self._model: Any = LlamaForCausalLM.from_pretrained(
-                self.path,
+                None if packed else self.path,
+                state_dict=packed,
                 config=llama_config(spec),
                 dtype=torch.float32,
                 attn_implementation="sdpa",

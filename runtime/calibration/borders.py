@@ -7,8 +7,8 @@ back, so a small text costs no disk reads and a large one no memory.
 from __future__ import annotations
 
 import os
+from contextlib import AbstractContextManager
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-class Border:
-    """A file of (windows, n_ctx, n_embd) float32. Raises OSError."""
+class Border(AbstractContextManager["Border"]):
+    """A file of (windows, n_ctx, n_embd) float32, open until its `with` ends. Raises OSError."""
 
     def __init__(self, path: Path, shape: tuple[int, int, int], *, create: bool = False) -> None:
         self.path, self.shape = path, shape
@@ -44,20 +44,12 @@ class Border:
     def write(self, start: int, values: Tensor) -> None:
         write_at(self._file, _bytes(values.detach().cpu()), start * self._window_bytes)
 
-    def __enter__(self) -> Border:
-        return self
+    def sync(self) -> None:
+        """What was written so far survives a power cut."""
+        os.fsync(self._file)
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        try:
-            if kind is None:
-                os.fsync(self._file)
-        finally:
-            os.close(self._file)
+    def __exit__(self, *_: object) -> None:
+        os.close(self._file)
 
 
 def _bytes(values: Tensor) -> memoryview:

@@ -83,6 +83,7 @@ class Steps:
             for start, n in self._batches():
                 ids = torch.from_numpy(self.plan.ids[start : start + n].astype(np.int64))
                 out.write(start, embedding[ids.to(embedding.device)])
+            out.sync()
 
     def _forward(self, layer: int) -> None:
         import torch
@@ -100,6 +101,7 @@ class Steps:
             for start, n in self._batches():
                 hidden = source.read(start, n).to(self.plan.device)
                 out.write(start, graph.layer(weights, hidden))
+            out.sync()
         del weights
         for stage in STAGES:
             self._put(f"blk.{layer}.{stage}", seen.pop(stage))
@@ -137,6 +139,7 @@ class Steps:
                 by_hidden, squares = head_gradient(graph, norm, head, hidden, np.stack(draws))
                 out.write(start, by_hidden)
                 total += squares
+            out.sync()
         self._put_gradient("lm_head.weight", total)
 
     def _backward(self, layer: int) -> None:
@@ -163,6 +166,7 @@ class Steps:
                 for name, values in squares.items():
                     zero = torch.zeros_like(values, dtype=torch.float64)
                     totals[name] = totals.get(name, zero) + values
+            out.sync()
         for name, values in totals.items():
             self._put_gradient(f"model.layers.{layer}.{name}.weight", values)
 

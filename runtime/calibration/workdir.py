@@ -3,65 +3,108 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import os
 import shutil
-from contextlib import suppress
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
-from dsq.convert.atomic import write_text
+import numpy as np
+
+from dsq.convert.atomic import DiskError, sync, write_text
 from dsq.errors import DsqError, InputError
 
 _LOCK, _STATE = "lock", "state.json"
 
 
-class WorkDir:
+class WorkDir(AbstractContextManager["WorkDir"]):
     """`OUT.partial/`, locked while open. `done` counts the steps that survive a kill.
 
-    A folder left by a run of the same `settings` is gone on with; of others, it is refused.
+    A folder left by a run of the same `settings` is gone on with; of others, it is refused. Names
+    with a dot in front are temporary and lost; a step may have a WorkDir of its own in here.
     """
 
     def __init__(self, out: Path, settings: str) -> None:
         self.path = out.with_name(f"{out.name}.partial")
-        self._settings = settings
         self.done = 0
+        self._settings = settings
+        self._results: dict[str, Any] = {}
+        self._begun = False  # something is worth keeping
+        self._refuse_foreign()
         self._lock = _locked(self.path, out)
         try:
-            self.done = self._resume(out)
+            self._resume()
         except BaseException:
             os.close(self._lock)
             raise
 
-    def _resume(self, out: Path) -> int:
+    def _refuse_foreign(self) -> None:
+        if self.path.is_dir() and not (self.path / _LOCK).exists():
+            for found in self.path.iterdir():
+                raise InputError(
+                    f"{self.path} holds {found.name}, and is no folder of dsq's: nothing of yours "
+                    "is deleted; move it away, or give another output"
+                )
+
+    def _resume(self) -> None:
         state = self.path / _STATE
-        if not state.exists():  # nothing was finished: begin with an empty folder
-            for path in self.path.iterdir():
-                if path.name != _LOCK:
-                    path.unlink()
-            return 0
-        found = json.loads(state.read_text())
-        if found["settings"] != self._settings:
-            raise InputError(
-                f"{self.path} holds an unfinished run with other settings (model, text, threads "
-                f"or options); repeat those to finish it, delete the folder, or give another output"
-            )
-        return int(found["done"])
+        self._begun = state.exists()
+        if self._begun:
+            found = json.loads(state.read_text())
+            if found["settings"] != self._settings:
+                raise InputError(
+                    f"{self.path} holds an unfinished run with other settings (model, text, "
+                    "threads or options); repeat those to finish it, delete the folder, or give "
+                    "another output"
+                )
+            self.done, self._results = int(found["done"]), found["results"]
+        for path in self.path.iterdir():
+            if path.name.startswith(".") or not (self._begun or path.name == _LOCK):
+                _remove(path)
 
     def save(self, done: int) -> None:
-        """From now on a killed run goes on after `done` steps."""
-        write_text(
-            self.path / _STATE, json.dumps({"done": done, "settings": self._settings}, indent=1)
-        )
-        self.done = done
+        """From now on a killed run goes on after `done` steps. Their files are the caller's to sync
+        (a power cut)."""
+        state = {"done": done, "settings": self._settings, "results": self._results}
+        write_text(self.path / _STATE, json.dumps(state, indent=1))
+        self.done, self._begun = done, True
+
+    def once(self, name: str, make: Callable[[], Any]) -> Any:
+        """The result of `make`, which is JSON: run now, or by the run that this one goes on with.
+
+        A step of that name is then done, with the files that `make` left in the folder.
+        """
+        if name not in self._results:
+            if not self._begun:
+                self.save(self.done)  # so that what `make` half does is kept
+            self._results[name] = json.loads(json.dumps(make()))
+            self.save(self.done + 1)
+        return self._results[name]
 
     def finish(self, file: str, out: Path) -> None:
         """Give `file` its final name, and remove the folder."""
-        (self.path / file).replace(out)
-        shutil.rmtree(self.path)
+        self.finish_all({file: out})
 
-    def __enter__(self) -> WorkDir:
-        return self
+    def finish_all(self, files: Mapping[str, Path]) -> None:
+        # The state first: it must not outlive the files that it speaks of.
+        (self.path / _STATE).unlink(missing_ok=True)
+        for file, out in files.items():
+            (self.path / file).replace(out)
+        for folder in {out.parent for out in files.values()}:
+            sync(folder)
+        self._clear()
+
+    def _clear(self) -> None:
+        """Remove the folder; the lock last, which tells that the rest is ours."""
+        for path in self.path.iterdir():
+            if path.name != _LOCK:
+                _remove(path)
+        (self.path / _LOCK).unlink()
+        self.path.rmdir()
 
     def __exit__(
         self,
@@ -69,10 +112,34 @@ class WorkDir:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if kind is not None and (self.done == 0 or issubclass(kind, DsqError)):
-            # Nothing in it is worth keeping: nothing is finished, or it would fail again.
-            shutil.rmtree(self.path, ignore_errors=True)
+        if error is not None and (_fails_again(error) or not self._begun):
+            with suppress(OSError):
+                self._clear()
         os.close(self._lock)
+
+
+def _fails_again(error: BaseException) -> bool:
+    """Whether the same run would end the same way: not when the disk was at fault."""
+    of_disk = isinstance(error, DiskError) or isinstance(error.__cause__, OSError)
+    return isinstance(error, DsqError) and not of_disk
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
+def settings_hash(*parts: object) -> str:
+    """The same for the same parts: arrays by their bytes, all else by its `repr`."""
+    digest = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, np.ndarray):
+            digest.update(f"{part.dtype}{part.shape}".encode() + part.tobytes())
+        else:
+            digest.update(repr(part).encode())
+    return digest.hexdigest()
 
 
 def _locked(folder: Path, out: Path) -> int:

@@ -1,33 +1,43 @@
 """`best-N`: the closest file of N bits a weight, each step kept only if held-out text confirms it.
 
 Calibrate, choose a mix, quantize with error feedback, distill. An eighth of the windows takes no
-part in any of it: the mean KL divergence there decides whether a step stays.
+part in any of it: the mean KL divergence there decides whether a step stays. What is done lies in
+`OUT.partial`, so that a run which was killed goes on with the step that it was at.
 """
 
 from __future__ import annotations
 
-import shutil
+import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from importlib.metadata import version
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from dsq.convert.atomic import check_target, os_error, sync, write_text
 from dsq.convert.checkpoint import GgufCheckpoint, HfCheckpoint, open_checkpoint
+from dsq.convert.gguf.metadata import KeyValue
+from dsq.convert.gguf.reader import read_gguf
+from dsq.convert.gguf.rewrite import rewrite_gguf
+from dsq.convert.identity import model_identity
 from dsq.convert.imatrix import Imatrix, sums_of_stats
-from dsq.convert.pipeline import GgufPlan, plan_gguf, run_gguf_plan
+from dsq.convert.pipeline import GgufPlan, method_entries, plan_gguf, run_gguf_plan, with_method
+from dsq.convert.verify_tensors import METHOD
 from dsq.errors import InputError
-from dsq.quant.mix import Recipe
+from dsq.quant.mix import Recipe, read_recipe
 from dsq.quant.presets import PRESETS
 from dsq.quant.stats import Stats, read_stats
+from dsq.quant.threads import default_threads
 from dsq.runtime.calibration import calibrate
-from dsq.runtime.decoder import Decoder
+from dsq.runtime.calibration.workdir import WorkDir, settings_hash
+from dsq.runtime.decoder import Decoder, chosen_device
 from dsq.runtime.fidelity import compensate, distill
-from dsq.runtime.fidelity.mix import Budget, Table, choose_recipe, measure_table
+from dsq.runtime.fidelity.mix import Budget, choose_recipe, measure_table, plan_recipe
 from dsq.runtime.fidelity.teacher import Teacher
+from dsq.runtime.torch_engine import require_torch
 
 Checkpoint = HfCheckpoint | GgufCheckpoint
 Ids = npt.NDArray[np.int32]
@@ -74,9 +84,12 @@ class Report:
 
 @dataclass(frozen=True)
 class Options:
+    """`text` names the windows' text in the file's metadata."""
+
     n_threads: int | None = None
     seed: int = 0
     device: str = "auto"
+    text: str = ""
     distill: distill.Options = field(default_factory=distill.Options)
 
 
@@ -93,9 +106,12 @@ def best(
 ) -> Report:
     """Write to `out` the best file within `budget`, by calibrating on `windows` (n, n_ctx).
 
-    Raises InputError for fewer than 16 windows and for a budget that nothing fits.
+    A run that was killed goes on where it was, and ends with the same bytes. Raises InputError for
+    fewer than 16 windows, a budget that nothing fits, an output that exists (unless `force`) or is
+    being written, and an unfinished run with other settings.
     """
     options = options or Options()
+    check_target(out, force=force)
     if len(windows) < 2 * HELD_OUT:
         raise InputError(
             f"{len(windows)} windows of {windows.shape[1]} tokens are too few: an eighth is held "
@@ -104,46 +120,70 @@ def best(
     order = np.random.default_rng(options.seed).permutation(len(windows))
     n_held = len(windows) // HELD_OUT
     held, train = windows[np.sort(order[:n_held])], windows[np.sort(order[n_held:])]
-    with TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
-        run = _Best(open_checkpoint(source), Path(folder), train, held, options, pre, tell)
-        file, report = run.go(budget)
-        from dsq.convert.atomic import atomic_files, check_target
+    checkpoint = open_checkpoint(source)
+    require_torch(checkpoint.path)
+    import torch
 
-        check_target(out, force=force)
-        with atomic_files([out]) as (temporary,):
-            shutil.move(file, temporary)
+    threads = options.n_threads or default_threads()
+    options = replace(
+        options, n_threads=threads, distill=replace(options.distill, n_threads=threads)
+    )
+    settings = settings_hash(
+        model_identity(checkpoint),
+        (budget, options, pre, chosen_device(options.device)),
+        [version(name) for name in ("dsq", "torch")],
+        windows,
+    )
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with WorkDir(out, settings) as work:
+            run = _Best(checkpoint, work, train, held, options, pre, tell)
+            file, report = run.go(budget)
+            work.finish(file, out)
+    except OSError as error:
+        raise os_error(error, out) from error
+    finally:
+        torch.set_num_threads(before)
     return report
 
 
 class _Best:
+    """The steps, in order; what each has left in `work` is used again."""
+
     def __init__(
         self,
         checkpoint: Checkpoint,
-        folder: Path,
+        work: WorkDir,
         train: Ids,
         held: Ids,
         options: Options,
         pre: str | None,
         tell: Tell,
     ) -> None:
-        self.checkpoint, self.folder, self.options = checkpoint, folder, options
-        self.train, self.held, self.pre, self.tell = train, held, pre, tell
+        self.checkpoint, self.work, self.folder = checkpoint, work, work.path
+        self.options, self.pre, self.tell = options, pre, tell
+        self.train, self.held = train, held
         self.steps: list[tuple[Step, Path]] = []
-        device = "cpu"
-        graph = Decoder(checkpoint.spec, held.shape[1], device)
-        judge = folder / "judge"
-        judge.mkdir()
+        judge = self.folder / "judge"
+        judge.mkdir(exist_ok=True)
+        graph = Decoder(checkpoint.spec, held.shape[1], "cpu")
         self.judge = Teacher(checkpoint, graph, held, judge)
 
-    def go(self, budget: Budget) -> tuple[Path, Report]:
+    def go(self, budget: Budget) -> tuple[str, Report]:
+        """The best file's name in `work`, and the report."""
         stats = self._calibrate()
-        imatrix = sums_of_stats(stats).means()
-        self.tell("reading the original on the held-out windows")
-        self.judge.run()
-        self.tell("measuring every matrix in every type")
-        table = measure_table(self.checkpoint, stats, n_threads=self.options.n_threads)
-        recipe, predicted = choose_recipe(table, budget)
-        plan = self._plan(recipe, table, imatrix)
+        imatrix = replace(sums_of_stats(stats).means(), path=Path(stats.path.name))
+        self.work.once("judge", self._read_original)
+        recipe, predicted = self._recipe(stats, budget)
+        plan = plan_recipe(
+            self.checkpoint,
+            recipe,
+            "the mix",
+            imatrix=imatrix,
+            pre=self.pre,
+            allow_requantize=True,
+        )
         stock = self._stock(plan, imatrix)
         if stock is not None:
             self._try(f"stock {stock.preset.name}", stock)
@@ -160,16 +200,14 @@ class _Best:
             int(self.train.size),
             int(self.held.size),
         )
-        return file, report
+        return file.name, report
 
     def _calibrate(self) -> Stats:
-        self.tell(f"calibrating on {self.train.size:,} tokens")
         path = self.folder / "stats.safetensors"
-        calibrate.calibrate(
-            self.checkpoint.path,
-            path,
-            self.train,
-            options=calibrate.Options(
+
+        def gather() -> None:
+            self.tell(f"calibrating on {self.train.size:,} tokens")
+            options = calibrate.Options(
                 n_ctx=self.train.shape[1],
                 n_tokens=int(self.train.size),
                 hessians=True,
@@ -177,19 +215,37 @@ class _Best:
                 seed=self.options.seed,
                 device=self.options.device,
                 n_threads=self.options.n_threads,
-            ),
-        )
+            )
+            about = {"name": self.options.text} if self.options.text else {}
+            calibrate.calibrate(
+                self.checkpoint.path,
+                path,
+                self.train,
+                about_text=about,
+                options=options,
+                force=True,
+            )
+
+        self.work.once("stats", gather)
         return read_stats(path)
 
-    def _plan(self, recipe: Recipe, table: Table, imatrix: Imatrix) -> GgufPlan:
-        return plan_gguf(
-            self.checkpoint,
-            table.preset(recipe),
-            options=table.options(recipe),
-            imatrix=imatrix,
-            pre=self.pre,
-            allow_requantize=True,
-        )
+    def _read_original(self) -> None:
+        self.tell("reading the original on the held-out windows")
+        self.judge.run()
+        sync(self.folder / "judge" / "logits")
+
+    def _recipe(self, stats: Stats, budget: Budget) -> tuple[Recipe, float]:
+        path = self.folder / "recipe.json"
+
+        def choose() -> float:
+            self.tell("measuring every matrix in every type")
+            table = measure_table(self.checkpoint, stats, n_threads=self.options.n_threads)
+            recipe, predicted = choose_recipe(table, budget)
+            write_text(path, json.dumps(recipe.to_json()))
+            return predicted
+
+        predicted = self.work.once("recipe", choose)
+        return read_recipe(path), predicted
 
     def _stock(self, plan: GgufPlan, imatrix: Imatrix) -> GgufPlan | None:
         """llama-quantize's largest preset that is no larger than the mix."""
@@ -204,27 +260,54 @@ class _Best:
         return found
 
     def _try(self, name: str, plan: GgufPlan, *, compensated: bool = False) -> None:
-        self.tell(f"quantizing: {name}")
-        path = self.folder / f"{len(self.steps)}.gguf"
         threads = self.options.n_threads
-        if compensated:
+
+        def quantize(path: Path) -> None:
+            self.tell(f"quantizing: {name}")
+            if not compensated:
+                run_gguf_plan(self.checkpoint, plan, path, force=True, threads=threads)
+                return
             how = compensate.Options(n_threads=threads, device=self.options.device)
-            with compensate.opened(self.checkpoint, plan.steps, self.train, path, how) as made:
-                run_gguf_plan(self.checkpoint, plan, path, threads=threads, made=made.take)
-        else:
-            run_gguf_plan(self.checkpoint, plan, path, threads=threads)
-        self._judge(name, plan.bpw, path)
+            n_tokens = int(self.train.size)
+            called = with_method(plan, name, text=self.options.text, n_tokens=n_tokens)
+            compensate.quantize(self.checkpoint, called, self.train, path, how, force=True)
+
+        self._step(name, plan.bpw, quantize)
 
     def _distill(self) -> None:
-        self.tell("distilling")
-        before = next((s, p) for s, p in reversed(self.steps) if s.kept)
-        path = self.folder / f"{len(self.steps)}.gguf"
-        distill.distill(self.checkpoint.path, before[1], path, self.train, self.options.distill)
-        self._judge("distilled", before[0].bpw, path)
+        before, file = next((s, p) for s, p in reversed(self.steps) if s.kept)
 
-    def _judge(self, name: str, bpw: float, path: Path) -> None:
-        file = open_checkpoint(path)
-        kld = self.judge.kld(file)
+        def tune(path: Path) -> None:
+            self.tell("distilling")
+            tuned = self.folder / "tuned.gguf"
+            options = self.options.distill
+            distill.distill(self.checkpoint.path, file, tuned, self.train, options, force=True)
+            self._call_distilled(tuned, path)
+            tuned.unlink()
+
+        self._step("distilled", before.bpw, tune)
+
+    def _call_distilled(self, file: Path, out: Path) -> None:
+        """A copy whose metadata tell how its weights came to be."""
+        gguf = read_gguf(file)
+        method = "+".join([*filter(None, [gguf.metadata.get(METHOD)]), "distilled"])
+        new = {e.key: e for e in method_entries(method, self.options.text, int(self.train.size))}
+        kept = [
+            KeyValue(key, value, *gguf.metadata_types[key])
+            for key, value in gguf.metadata.items()
+            if key not in new
+        ]
+        rewrite_gguf(gguf, [*kept, *new.values()], out, force=True)
+
+    def _step(self, name: str, bpw: float, write: Callable[[Path], None]) -> None:
+        """Write a candidate, and keep it if it is closer than all before it."""
+        path = self.folder / f"{len(self.steps)}.gguf"
+
+        def judged() -> float:
+            write(path)
+            return self.judge.kld(open_checkpoint(path))
+
+        kld: float = self.work.once(name, judged)
         kept = all(kld < step.kld for step, _ in self.steps)
         self.steps.append((Step(name, round(bpw, 4), kld, kept), path))
         self.tell(f"{name}: {bpw:.3f} bpw, KLD {kld:.6f}{'' if kept else ' (not kept)'}")

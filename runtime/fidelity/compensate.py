@@ -2,26 +2,30 @@
 
 The types are those of the plan, the tokens those of a calibration. A layer is quantized stage by
 stage, on the inputs that the quantized stages before it give, and aims at the original's output:
-see `two_ways`, `dsq.quant.solver`, and docs/fidelity.md for what was measured.
+see `two_ways`, `dsq.quant.solver`, and docs/fidelity.md for what was measured. A finished layer is
+kept in `OUT.partial`, so that a run which was killed goes on with the next.
 """
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from dsq.convert.atomic import check_space, os_error
+from dsq.convert.atomic import check_space, os_error, sync
 from dsq.convert.checkpoint import GgufCheckpoint, HfCheckpoint
+from dsq.convert.gguf.writer import shard_paths
+from dsq.convert.identity import model_identity
 from dsq.convert.names import gguf_name, permuted_heads
+from dsq.convert.pipeline import GgufPlan, Progress, check_outputs, run_gguf_plan
 from dsq.convert.tensor_plan import TensorStep, interleaved_rows
 from dsq.errors import InputError
 from dsq.quant import ggml
@@ -30,6 +34,7 @@ from dsq.quant.grids import GRIDS
 from dsq.quant.scheme import GgmlType
 from dsq.quant.solver import DAMP, aim, factor
 from dsq.quant.threads import default_threads
+from dsq.runtime.calibration.workdir import WorkDir, settings_hash
 from dsq.runtime.decoder import STAGES, chosen_device, read_layer, read_tensor
 from dsq.runtime.fidelity.two_ways import Seen, TwoWays
 
@@ -69,8 +74,93 @@ class TensorReport:
         return asdict(self)
 
 
-class Compensation:
-    """Makes the tensors of a plan's layers, one layer in memory; see `opened`.
+@dataclass(frozen=True)
+class Report:
+    """What was done. `seconds`: of this run, on the layers alone."""
+
+    paths: tuple[Path, ...]
+    size_bytes: int
+    n_tokens: int
+    seconds: float
+    resumed_layers: int  # done by an earlier run
+    tensors: tuple[TensorReport, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "tokens": self.n_tokens,
+            "seconds": round(self.seconds, 3),
+            "resumed_layers": self.resumed_layers,
+            "tensors": [tensor.to_json() for tensor in self.tensors],
+        }
+
+
+def quantize(
+    checkpoint: HfCheckpoint | GgufCheckpoint,
+    plan: GgufPlan,
+    ids: npt.NDArray[np.int32],
+    out: Path,
+    options: Options | None = None,
+    *,
+    force: bool = False,
+    allow_nonfinite: bool = False,
+    progress: Progress = lambda n: None,
+) -> Report:
+    """Write the file of `plan`, its layers compensated on the windows `ids` (windows, n_ctx).
+
+    A run that was killed goes on where it was, and ends with the same bytes. Raises InputError for
+    damaged weights, an output that exists (unless `force`) or is being written, an unfinished run
+    with other settings, and a disk too small or full (the finished layers are kept).
+    """
+    try:
+        import torch
+    except ImportError as error:
+        raise InputError(
+            f"--method compensated needs PyTorch, which is not installed ({error}); "
+            "pip install 'dsq[torch]'"
+        ) from error
+    options = options or Options()
+    check_outputs(checkpoint, plan, out, force=force)
+    device, threads = chosen_device(options.device), options.n_threads or default_threads()
+    settings = settings_hash(
+        model_identity(checkpoint),
+        [(step.name, step.stored.name, step.to.name) for step in plan.steps],
+        (options.damp, threads, device),
+        [version(name) for name in ("dsq", "torch")],
+        ids,
+    )
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with WorkDir(out, settings) as work:
+            resumed = work.done
+            if not resumed:
+                needed = TwoWays.disk_bytes(checkpoint.spec, ids.size) + 2 * plan.layout.data_bytes
+                check_space(out, needed)
+            with _opened(checkpoint, plan.steps, ids, work, options.damp, device, threads) as made:
+                artifact = run_gguf_plan(
+                    checkpoint,
+                    plan,
+                    work.path / out.name,
+                    force=True,
+                    threads=threads,
+                    allow_nonfinite=allow_nonfinite,
+                    progress=progress,
+                    made=made.take,
+                )
+            paths = shard_paths(out, len(artifact.paths))
+            ready = [path.name for path in artifact.paths]
+            work.finish_all(dict(zip(ready, paths, strict=True)))
+    except OSError as error:
+        raise os_error(error, out) from error
+    finally:
+        torch.set_num_threads(before)
+    return Report(
+        tuple(paths), artifact.size_bytes, ids.size, made.seconds, resumed, tuple(made.reports)
+    )
+
+
+class _Compensation:
+    """Makes the tensors of a plan's layers, one layer in memory.
 
     `take` must be asked for the plan's steps in their order. `reports` and `seconds` (of this work
     alone) grow as layers are done.
@@ -80,7 +170,8 @@ class Compensation:
         self,
         checkpoint: HfCheckpoint | GgufCheckpoint,
         steps: Sequence[TensorStep],
-        ways: TwoWays,
+        work: WorkDir,
+        ways: TwoWays | None,
         damp: float,
         pool: Executor,
     ) -> None:
@@ -88,9 +179,14 @@ class Compensation:
         self.reports: list[TensorReport] = []
         self.seconds = 0.0
         self._steps = {step.name: step for step in steps}
-        self._ways, self._pool = ways, pool
+        self._work, self._opened_ways, self._pool = work, ways, pool
         self._made: dict[str, U8Array] = {}
         self._layer = -1
+
+    @property
+    def _ways(self) -> TwoWays:
+        assert self._opened_ways is not None, "there are layers to do"
+        return self._opened_ways
 
     def take(self, step: TensorStep) -> U8Array | None:
         """The tensor's rows (n_rows, row_bytes) as the file wants them; None: make them plainly."""
@@ -98,17 +194,34 @@ class Compensation:
         if layer is not None:
             while self._layer < layer:
                 self._layer += 1
-                start = time.perf_counter()
-                self._made = self._quantize_layer(self._layer)
-                self.seconds += time.perf_counter() - start
+                self._made = self._make(self._layer)
         return self._made.pop(step.name, None)
 
-    def _quantize_layer(self, layer: int) -> dict[str, U8Array]:
+    def _make(self, layer: int) -> dict[str, U8Array]:
+        """The layer's tensors: those that an earlier run has left, or new ones, which are kept."""
+        from safetensors.numpy import load_file, save
+
+        path = self._work.path / f"layer-{layer}.safetensors"
+        made: dict[str, U8Array] = {}
+
+        def quantized() -> list[dict[str, Any]]:
+            start = time.perf_counter()
+            found, reports = self._quantize_layer(layer)
+            made.update(found)
+            self.seconds += time.perf_counter() - start
+            path.write_bytes(save(made))  # save_file has an error of its own for a full disk
+            sync(path)
+            self._ways.sync()
+            return [report.to_json() for report in reports]
+
+        reports = self._work.once(f"layer {layer}", quantized)
+        self.reports += [TensorReport(**report) for report in reports]
+        return made or load_file(path)
+
+    def _quantize_layer(self, layer: int) -> tuple[dict[str, U8Array], list[TensorReport]]:
         ways = self._ways
         if layer == 0:
             self._embed()
-        else:
-            ways.leave()
         weights = read_layer(self.checkpoint, layer, ways.graph.device)
         for name, values in weights.items():
             if not bool(values.isfinite().all()):
@@ -118,19 +231,26 @@ class Compensation:
                 )
         ways.enter(weights)
         made: dict[str, U8Array] = {}
+        reports: list[TensorReport] = []
         for stage, names in STAGES.items():
             seen = ways.see(stage)
             steps = {n: self._step(f"model.layers.{layer}.{n}.weight") for n in names}
             for to in dict.fromkeys(step.to for step in steps.values()):
                 alike = {n: step for n, step in steps.items() if step.to is to}
                 if to.is_quantized:
-                    made.update(self._compensate(seen, to, alike))
+                    made |= self._compensate(seen, to, alike, reports)
                 else:
                     self._keep(to, alike)
-        return made
+        if layer + 1 < self.checkpoint.spec.n_layer:
+            ways.leave()
+        return made, reports
 
     def _compensate(
-        self, seen: Seen, to: GgmlType, alike: Mapping[str, TensorStep]
+        self,
+        seen: Seen,
+        to: GgmlType,
+        alike: Mapping[str, TensorStep],
+        reports: list[TensorReport],
     ) -> dict[str, U8Array]:
         """Quantize the matrices that read one input and have one type: as one matrix."""
         import torch
@@ -153,7 +273,7 @@ class Compensation:
             error = None
             if found.nearest is not None:
                 error = float(found.error[part].sum() / found.nearest[part].sum().clamp(min=1e-30))
-            self.reports.append(TensorReport(step.name, to.name, under.damp, under.dead, error))
+            reports.append(TensorReport(step.name, to.name, under.damp, under.dead, error))
         return made
 
     def _keep(self, to: GgmlType, alike: Mapping[str, TensorStep]) -> None:
@@ -185,42 +305,23 @@ class Compensation:
 
 
 @contextmanager
-def opened(
+def _opened(
     checkpoint: HfCheckpoint | GgufCheckpoint,
     steps: Sequence[TensorStep],
     ids: npt.NDArray[np.int32],
-    out: Path,
-    options: Options | None = None,
-) -> Iterator[Compensation]:
-    """A compensation on the windows `ids` (windows, n_ctx), for writing `out`.
-
-    Its files, which can be large, lie beside `out` while it lasts. Raises InputError for a disk too
-    small; later, in `take`, for damaged weights.
-    """
-    try:
-        import torch
-    except ImportError as error:
-        raise InputError(
-            f"--method compensated needs PyTorch, which is not installed ({error}); "
-            "pip install 'dsq[torch]'"
-        ) from error
-    options = options or Options()
-    check_space(out, TwoWays.disk_bytes(checkpoint.spec, ids.size))
-    device = chosen_device(options.device)
-    threads = options.n_threads or default_threads()
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        with (
-            tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder,
-            TwoWays(checkpoint.spec, ids, Path(folder), device) as ways,
-            ThreadPoolExecutor(threads, thread_name_prefix="dsq-scales") as pool,
-        ):
-            yield Compensation(checkpoint, steps, ways, options.damp, pool)
-    except OSError as error:
-        raise os_error(error, out) from error
-    finally:
-        torch.set_num_threads(before)
+    work: WorkDir,
+    damp: float,
+    device: str,
+    threads: int,
+) -> Iterator[_Compensation]:
+    """What makes the tensors, with its threads and, for the layers to do, its files in `work`."""
+    with ExitStack() as stack:
+        ways = None
+        if work.done < checkpoint.spec.n_layer:
+            ways = TwoWays(checkpoint.spec, ids, work.path, device, layer=work.done)
+            stack.enter_context(ways)
+        pool = stack.enter_context(ThreadPoolExecutor(threads, thread_name_prefix="dsq-scales"))
+        yield _Compensation(checkpoint, steps, work, ways, damp, pool)
 
 
 def _rounded(weight: Tensor, to: GgmlType) -> Tensor:

@@ -9,10 +9,9 @@ on disk, and each matrix is multiplied once a way.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -50,28 +49,42 @@ class Seen:
         return weight @ self.drift
 
 
-class TwoWays:
+class TwoWays(AbstractContextManager["TwoWays"]):
     """The ways of `ids` (windows, n_ctx) through a model of `spec`; a context with files in it.
 
-    For each layer: `enter`, then for each stage `see` and `put` what its matrices are stored as,
-    then `leave`. Raises OSError.
+    `embed`; then for each layer: `enter`, for each stage `see` and `put` what its matrices are
+    stored as, then `leave`. Raises OSError.
+
+    A layer's input is left as it is until the layer after it begins. So a run that was killed can
+    go on: `layer` is the one whose input lies in `folder`, after as many calls of `leave`.
     """
 
     def __init__(
-        self, spec: ModelSpec, ids: npt.NDArray[np.int32], folder: Path, device: str
+        self,
+        spec: ModelSpec,
+        ids: npt.NDArray[np.int32],
+        folder: Path,
+        device: str,
+        *,
+        layer: int = 0,
     ) -> None:
-        self.spec, self.ids = spec, ids
+        self.spec, self.ids, self.layer = spec, ids, layer
         self.graph = Decoder(spec, ids.shape[1], device)
         self.original: dict[str, Tensor] = {}
         self.stored: dict[str, Tensor] = {}
         self._files = ExitStack()
         try:
-            n_q = spec.n_head * spec.head_dim
-            self._theirs = self._border(folder / "original", spec.n_embd)
-            self._ours = self._border(folder / "stored", spec.n_embd)
+            # Hidden states at a layer's input and at its output, by turns.
+            self._theirs, self._ours = (
+                [
+                    self._border(folder / f"{way}-{i}", spec.n_embd, layer == 0 or i != layer % 2)
+                    for i in (0, 1)
+                ]
+                for way in ("original", "stored")
+            )
             self._inner = {
-                ATTN_OUT: self._border(folder / "mixed", n_q),
-                FFN_OUT: self._border(folder / "gated", spec.n_ff),
+                ATTN_OUT: self._border(folder / "mixed", spec.n_head * spec.head_dim, True),
+                FFN_OUT: self._border(folder / "gated", spec.n_ff, True),
             }
         except BaseException:
             self._files.close()
@@ -79,7 +92,7 @@ class TwoWays:
 
     @staticmethod
     def disk_bytes(spec: ModelSpec, n_tokens: int) -> int:
-        return 4 * n_tokens * (2 * spec.n_embd + spec.n_head * spec.head_dim + spec.n_ff)
+        return 4 * n_tokens * (4 * spec.n_embd + spec.n_head * spec.head_dim + spec.n_ff)
 
     def embed(self, original: Tensor, stored: Tensor) -> None:
         """Begin with the rows of two embeddings (n_vocab, n_embd)."""
@@ -87,8 +100,8 @@ class TwoWays:
 
         for start, n in self._batches():
             ids = torch.from_numpy(self.ids[start : start + n].astype(np.int64))
-            self._theirs.write(start, original[ids])
-            self._ours.write(start, stored[ids])
+            self._theirs[0].write(start, original[ids])
+            self._ours[0].write(start, stored[ids])
 
     def enter(self, weights: dict[str, Tensor]) -> None:
         """Take the weights of the next layer, by their names inside it."""
@@ -124,16 +137,34 @@ class TwoWays:
         """The stored way's last step; the original's is done."""
         import torch
 
+        ours = self._ours[self._out]
         with torch.inference_mode():
             for start, n in self._batches():
                 inner = self._read(self._inner[FFN_OUT], start, n)
-                hidden = self._read(self._ours, start, n)
-                self._ours.write(start, self.graph.add_ffn(self.stored, hidden, inner))
+                hidden = self._read(ours, start, n)
+                ours.write(start, self.graph.add_ffn(self.stored, hidden, inner))
+        self.layer += 1
+
+    def sync(self) -> None:
+        """The input of the layer that comes next survives a power cut."""
+        self._theirs[self._in].sync()
+        self._ours[self._in].sync()
+
+    @property
+    def _in(self) -> int:
+        return self.layer % 2
+
+    @property
+    def _out(self) -> int:
+        return 1 - self._in
 
     def _pass(self, stage: str, start: int, n: int) -> tuple[Tensor, Tensor]:
         """The stored way's input, and what goes with it into `Seen`."""
         graph = self.graph
-        theirs, ours = self._read(self._theirs, start, n), self._read(self._ours, start, n)
+        at_theirs = self._in if stage in (ATTN_IN, ATTN_OUT) else self._out
+        at_ours = self._out if stage == FFN_OUT else self._in
+        theirs = self._read(self._theirs[at_theirs], start, n)
+        ours = self._read(self._ours[at_ours], start, n)
         if stage == ATTN_IN:
             x = graph.attn_in(self.stored, ours)
             return x, graph.attn_in(self.original, theirs) - x
@@ -143,14 +174,14 @@ class TwoWays:
         elif stage == FFN_IN:
             inner = self._read(self._inner[ATTN_OUT], start, n)
             ours = graph.add_attention(self.stored, ours, inner)
-            self._ours.write(start, ours)
+            self._ours[self._out].write(start, ours)
             x = graph.ffn_in(self.stored, ours)
             return x, graph.ffn_in(self.original, theirs) - x
         else:
             x = graph.gated(self.stored, ours)
             theirs = graph.add_ffn(self.original, theirs, graph.gated(self.original, theirs))
         self._inner[stage].write(start, x)
-        self._theirs.write(start, theirs)
+        self._theirs[self._out].write(start, theirs)
         bias = self.stored.get(f"{STAGES[stage][0]}.bias")
         wanted = theirs - ours
         return x, wanted if bias is None else wanted - bias
@@ -164,17 +195,9 @@ class TwoWays:
         for start in range(0, len(self.ids), size):
             yield start, min(size, len(self.ids) - start)
 
-    def _border(self, path: Path, width: int) -> Border:
+    def _border(self, path: Path, width: int, create: bool) -> Border:
         shape = (len(self.ids), self.ids.shape[1], width)
-        return self._files.enter_context(Border(path, shape, create=True))
+        return self._files.enter_context(Border(path, shape, create=create))
 
-    def __enter__(self) -> TwoWays:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._files.close()

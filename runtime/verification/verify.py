@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from dsq.convert.checkpoint import GgufCheckpoint, HfCheckpoint, open_checkpoint
+from dsq.convert.checkpoint import GATHERED, GgufCheckpoint, HfCheckpoint, open_checkpoint
 from dsq.convert.gguf.reader import read_gguf
 from dsq.convert.gguf.spec import spec_from_gguf
 from dsq.convert.names import ROPE_FREQS
@@ -127,8 +127,12 @@ class _Run:
         return self.source.vocabulary()
 
     def tensors(self) -> Check:
-        spec = self.source.spec
-        ours, theirs = named_tensors(self.artifact, spec), named_tensors(self.source, spec)
+        spec, source, method = self.source.spec, self.source, ""
+        if isinstance(self.artifact, GgufCheckpoint):
+            method = str(self.artifact.gguf.metadata.get(METHOD, ""))
+        if method == GATHERED and isinstance(source, HfCheckpoint):
+            source = source.gathered()
+        ours, theirs = named_tensors(self.artifact, spec), named_tensors(source, spec)
         problems = unmatched(ours, theirs, spec)
         if self.artifact.format == "gguf":
             wanted = spec.rope.kind == "llama3"
@@ -137,9 +141,6 @@ class _Run:
                     f"{ROPE_FREQS} is {'missing' if wanted else 'too many'}: "
                     f"the source's RoPE is {describe(spec.rope)}"
                 )
-        method = ""
-        if isinstance(self.artifact, GgufCheckpoint):
-            method = str(self.artifact.gguf.metadata.get(METHOD, ""))
         reports = compare_tensors(ours, theirs, threads=self.threads, method=method)
         problems += [f"{r.name}: {r.reason}" for r in reports if not r.ok]
         worst = max(reports, key=lambda r: r.error, default=None)
@@ -149,7 +150,9 @@ class _Run:
             if worst and worst.error
             else ", all exact"
         )
-        if method:
+        if method == GATHERED:
+            agreed += "; the feed-forward's channels are in another order, on purpose"
+        elif method:
             agreed += f"; weights moved on purpose ({method}): wider bounds, no rows singled out"
         return _answer("tensors", problems, agreed, tensors=[r.to_json() for r in reports])
 

@@ -9,6 +9,7 @@ import pytest
 
 from dsq.cli.main import main
 from dsq.convert.checkpoint import open_checkpoint
+from dsq.convert.gguf.reader import read_gguf
 from dsq.runtime.source import Source
 from tests.cli.test_main import fails
 from tests.models import TINY_CODER, llama_config, write_hf
@@ -99,6 +100,15 @@ def test_best(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     stock, kept = steps[0], [step for step in steps if step["kept"]]
     assert kept[-1]["kld"] < 0.5 * stock["kld"]  # measured: 0.21 with 28k tokens
     assert Source(out).bpw <= 4.91
+    # The file says how its weights came to be.
+    names = [step["name"] for step in kept]
+    method = "+".join(name for name in names if name in ("compensated", "distilled"))
+    metadata = read_gguf(out).metadata
+    assert {key: value for key, value in metadata.items() if "quantize." in key} == {
+        "dsq.quantize.method": method,
+        "dsq.quantize.dataset": "heldout.txt",
+        "dsq.quantize.tokens": 56 * 128,
+    }
 
 
 @pytest.mark.parametrize(

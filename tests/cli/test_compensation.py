@@ -9,7 +9,8 @@ import pytest
 
 from dsq.cli.main import main
 from dsq.convert.gguf.reader import read_gguf
-from tests.models import ROOT, write_hf
+from tests.models import ROOT, llama_config, write_hf
+from tests.runtime.dying import die
 
 pytestmark = pytest.mark.torch
 
@@ -68,8 +69,65 @@ def test_calibrating_now_or_before_gives_the_same_tensors(model, tmp_path, capsy
     sizes = {path: path.stat().st_size for path in (now, before)}
     data = {p: p.read_bytes()[-report["size_bytes"] // 2 :] for p in sizes}
     assert data[now] == data[before]
-    assert read_gguf(now).metadata["dsq.quantize.method"] == "compensated"
+    for path in sizes:
+        metadata = read_gguf(path).metadata
+        assert {key: value for key, value in metadata.items() if "quantize." in key} == {
+            "dsq.quantize.method": "compensated",
+            "dsq.quantize.dataset": "decoder.py",
+            "dsq.quantize.tokens": 512,
+        }
     assert not [p.name for p in tmp_path.iterdir() if p.name.startswith(".")]
+
+
+def test_types_are_those_chosen_with_an_importance_matrix(tmp_path, capsys) -> None:
+    """q4_0 has q4_1 in it then; what llama-quantize chooses is held in test_type_choice."""
+    small = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 8}
+    model = write_hf(tmp_path / "model", llama_config(**small))
+    stats = tmp_path / "stats"
+    text = ["--text", str(TEXT), "--tokens", "512"]
+    assert main(["calibrate", str(model), "-o", str(stats), "-c", "128", *text]) == 0
+
+    def types(*flags: str) -> dict[str, str]:
+        capsys.readouterr()
+        assert main(["quantize", "q4_0", str(model), "--dry-run", "--json", *flags]) == 0
+        return {t["name"]: t["type"] for t in json.loads(capsys.readouterr().out)["tensors"]}
+
+    with_imatrix = types("--imatrix", str(stats))
+    assert types() != with_imatrix
+    assert types("--method", "compensated", "--calibrate", "--ctx", "128", *text) == with_imatrix
+    assert types("--method", "compensated", "--stats", str(stats)) == with_imatrix
+
+
+def test_statistics_of_another_model_are_refused(model, tmp_path, capsys) -> None:
+    stats, other = tmp_path / "stats", write_hf(tmp_path / "other", seed=1)
+    calibrate = ["calibrate", str(other), "-o", str(stats), "-c", "128", "--tokens", "512"]
+    assert main([*calibrate, "--text", str(TEXT)]) == 0
+    command = ["quantize", "q4_0", str(model), "--method", "compensated", "--stats", str(stats)]
+    assert main([*command, "-o", str(tmp_path / "out.gguf")]) == 2
+    assert "statistics of another model" in capsys.readouterr().err
+    assert {path.name for path in tmp_path.iterdir()} == {"stats", "other"}
+
+
+def test_killed_and_run_again(model, tmp_path, capsys) -> None:
+    """With distillation after it: the quantized file is not made again."""
+    text = ["--calibrate", "--ctx", "64", "--tokens", "512", "--text", str(TEXT), "-t", "1"]
+    command = ["quantize", "q4_0", str(model), "--method", "compensated", "--distill", "512"]
+    code = "from dsq.cli.main import main\nmain(command)"
+    whole, out = tmp_path / "whole.gguf", tmp_path / "out.gguf"
+    assert main([*command, *text, "-o", str(whole)]) == 0
+    command += [*text, "-o", str(out)]
+    for where in (
+        "dsq.runtime.fidelity.two_ways:TwoWays.leave",
+        "dsq.runtime.fidelity.distill:distill",
+        "dsq.runtime.calibration.workdir:WorkDir.finish",
+    ):
+        die(code, where, 1, command=command)
+    capsys.readouterr()
+    assert main([*command, "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["compensation"]["resumed_layers"] == 0  # killed in the first
+    assert out.read_bytes() == whole.read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.gguf", "whole.gguf"]
 
 
 def test_a_dry_run_calibrates_nothing(model, tmp_path, capsys) -> None:

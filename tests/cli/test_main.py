@@ -176,6 +176,10 @@ ORDERS = {  # positionals, options
     "complete": (["a"], ["-p", "x"]),
     "chat": (["a"], ["-p", "x"]),
     "report": (["a", "b"], ["--ref", "x"]),
+    "fit": (["a"], ["-c", "16"]),
+    "devices": ([], ["--json"]),
+    "package": (["a"], ["--to", "ollama", "-o", "x"]),
+    "serve": (["a"], ["--port", "8081"]),
 }
 
 

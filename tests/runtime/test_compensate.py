@@ -23,7 +23,7 @@ from dsq.runtime.calibration import calibrate
 from dsq.runtime.evaluate import evaluate
 from dsq.runtime.fidelity import compensate
 from dsq.runtime.fidelity.two_ways import TwoWays
-from tests.models import TINY_CODER, llama_config, write_hf
+from tests.models import TINY_CODER, llama_config, random_weights, write_hf, write_safetensors
 
 torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.torch
@@ -56,13 +56,11 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Calibrated:
 
 def quantize(
     source: Path, kind: str, out: Path, ids: np.ndarray, imatrix: Imatrix | None
-) -> tuple[GgufPlan, list[compensate.TensorReport]]:
+) -> tuple[GgufPlan, tuple[compensate.TensorReport, ...]]:
     checkpoint = open_checkpoint(source)
     plan = plan_gguf(checkpoint, preset(kind), imatrix=imatrix)
     options = compensate.Options(n_threads=1, device="cpu")
-    with compensate.opened(checkpoint, plan.steps, ids, out, options) as made:
-        run_gguf_plan(checkpoint, plan, out, made=made.take)
-    return plan, made.reports
+    return plan, compensate.quantize(checkpoint, plan, ids, out, options).tensors
 
 
 def tensor_bytes(path: Path) -> dict[str, bytes]:
@@ -147,7 +145,7 @@ def test_types_of_codebooks_are_rounded_by_ggml(tiny: Calibrated, tmp_path: Path
 
 def test_float_tensors_pass_unchanged(tiny: Calibrated, tmp_path: Path) -> None:
     _, reports = quantize(tiny.source, "bf16", tmp_path / "out.gguf", tiny.ids[:4], tiny.imatrix)
-    assert reports == []
+    assert reports == ()
     assert tensor_bytes(tmp_path / "out.gguf") == tensor_bytes(tiny.source)
 
 
@@ -162,6 +160,33 @@ def test_damaged_weights_are_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"blk\.1\.ffn_up\.weight: weights are NaN"):
         quantize(source, "q4_0", tmp_path / "out.gguf", ids, None)
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_hessian_that_overflows_names_the_tensor(tmp_path: Path) -> None:
+    """Every weight is finite, and so is every activation; its square is not."""
+    config = llama_config()
+    source = write_hf(tmp_path / "model", config, dtype="F32")
+    weights = random_weights(config)
+    weights["model.layers.1.post_attention_layernorm.weight"] *= 1e25
+    write_safetensors(source / "model.safetensors", weights, "F32")
+    ids = np.random.default_rng(0).integers(0, 4000, (2, 64)).astype(np.int32)
+    with pytest.raises(InputError, match=r"blk\.1\.ffn_gate\.weight: its Hessian has values that"):
+        quantize(source, "q8_0", tmp_path / "out.gguf", ids, None)
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+def test_one_token_again_and_again(tmp_path: Path) -> None:
+    """Its Hessians have rank one. They get damp, which is told, and the file is sound."""
+    source = write_hf(tmp_path / "model")
+    checkpoint, out = open_checkpoint(source), tmp_path / "out.gguf"
+    ids = np.full((1, 64), 77, np.int32)
+    options = compensate.Options(damp=0.0, n_threads=1, device="cpu")
+    plan = plan_gguf(checkpoint, preset("q4_0"))
+    report = compensate.quantize(checkpoint, plan, ids, out, options)
+    assert all(tensor.damp > 0 for tensor in report.tensors)
+    file = read_gguf(out)
+    for name, info in file.tensors.items():
+        assert ggml.is_valid(file.data(name), info.type), name
 
 
 def test_two_equal_ways_lack_nothing(tmp_path: Path) -> None:
@@ -230,7 +255,6 @@ def test_verify_knows_what_was_moved_on_purpose(tmp_path: Path) -> None:
     """The file's own word widens the bounds; another model's weights are still told."""
     from dsq.cli.main import main
     from dsq.runtime.verification.verify import verify
-    from tests.models import write_hf
 
     out = tmp_path / "m.gguf"
     command = ["quantize", "q4_0", str(TINY_CODER), "--method", "compensated", "--calibrate"]

@@ -1,0 +1,157 @@
+"""`dsq serve` as a process: a real model, OpenAI's client, signals."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+
+from dsq.cli.main import main
+from dsq.runtime.complete import complete
+from dsq.runtime.llamacpp import LlamaCppEngine
+from tests.tiny_gguf import write_tiny_gguf
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_gguf(tmp_path_factory.mktemp("serve") / "tiny.gguf")
+
+
+@contextmanager
+def served(*args: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """The process and its URL, once it says that it listens."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "dsq.cli.main", "serve", *args, "--port", "0", "-t", "1"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_WAIT_POLICY": "PASSIVE"},
+    )
+    try:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        assert " on http://" in line, process.communicate()
+        yield process, line.split()[-1]
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@pytest.fixture(scope="module")
+def url(tiny: Path) -> Iterator[str]:
+    with served(str(tiny), "-c", "256") as (_, found):
+        yield found
+
+
+@pytest.fixture
+def client(url: str) -> Iterator[openai.OpenAI]:
+    with (
+        httpx.Client(verify=False) as http,
+        openai.OpenAI(base_url=f"{url}/v1", api_key="x", max_retries=0, http_client=http) as made,
+    ):
+        yield made
+
+
+@pytest.mark.parametrize("suffix", [None, "return"])
+def test_the_server_says_what_the_engine_says(
+    client: openai.OpenAI, tiny: Path, suffix: str | None
+) -> None:
+    """Greedy, so that the two can be compared."""
+    found = client.completions.create(
+        model="x", prompt="def f(self):", suffix=suffix, max_tokens=20, temperature=0
+    )
+    with LlamaCppEngine(tiny, n_ctx=256, n_threads=1) as engine:
+        wanted = complete(engine, "def f(self):", suffix, max_tokens=20).result
+    assert found.choices[0].text == wanted.text
+    assert found.usage is not None
+    assert found.usage.completion_tokens == len(wanted.tokens)
+    stream = client.completions.create(
+        model="x", prompt="def f(self):", suffix=suffix, max_tokens=20, temperature=0, stream=True
+    )
+    assert "".join(chunk.choices[0].text for chunk in stream) == wanted.text
+
+
+def test_a_schema_is_kept(client: openai.OpenAI) -> None:
+    schema = {"type": "array", "items": {"enum": ["a", "b"]}, "minItems": 2, "maxItems": 2}
+    found = client.chat.completions.create(
+        model="x",
+        messages=[{"role": "user", "content": "hello"}],
+        response_format={"type": "json_schema", "json_schema": {"name": "n", "schema": schema}},
+        temperature=1,
+        seed=1,
+        max_tokens=200,
+    )
+    text = found.choices[0].message.content or ""
+    assert "".join(text.split()) in {f'["{x}","{y}"]' for x in "ab" for y in "ab"}
+
+
+def test_a_grammar_that_is_none(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError):
+        client.completions.create(model="x", prompt="x", extra_body={"grammar": "root ::= ((("})
+    assert client.completions.create(model="x", prompt="x", max_tokens=1).choices
+
+
+def test_sigterm_lets_what_runs_come_to_its_end(tiny: Path) -> None:
+    with served(str(tiny), "-c", "256") as (process, url):
+        sent = {"prompt": "x", "n_predict": 200, "ignore_eos": True, "stream": True}
+        with httpx.stream("POST", f"{url}/completion", json=sent) as answer:
+            lines = answer.iter_lines()
+            assert next(lines).startswith("data: ")
+            process.send_signal(signal.SIGTERM)
+            assert any('"stop":true' in line for line in lines)
+        assert process.wait(20) == 0
+        assert process.stderr is not None
+        log = process.stderr.read()
+    assert "Traceback" not in log
+    assert "POST /completion 200" in log
+
+
+def test_a_folder_of_models(tiny: Path, tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        shutil.copy(tiny, tmp_path / f"{name}.gguf")
+    with served(str(tmp_path), "-c", "128") as (_, url):
+        assert [m["id"] for m in httpx.get(f"{url}/v1/models").json()["data"]] == ["one", "two"]
+        for name in ("one", "two"):
+            answer = httpx.post(f"{url}/v1/completions", json={"model": name, "prompt": "x"})
+            assert answer.json()["model"] == name
+        loaded = [m["id"] for m in httpx.get(f"{url}/v1/models").json()["data"] if m["loaded"]]
+        assert loaded == ["two"]
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--host", "0.0.0.0"], "give --api-key"),
+        (["--api-key", "short"], "shorter than 8"),
+        (["--port", "70000"], "no port"),
+    ],
+)
+def test_what_is_refused_before_a_model_is_loaded(
+    tiny: Path, args: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["serve", str(tiny), *args]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_port_that_is_taken(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert main(["serve", str(tiny), "--port", str(port)]) == 2
+    assert f"port {port}" in capsys.readouterr().err
+    assert threading.active_count() == 1
+
+
+def test_a_folder_without_models(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", str(tmp_path)]) == 2
+    assert "no .gguf in this folder" in capsys.readouterr().err
