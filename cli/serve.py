@@ -145,7 +145,7 @@ def _require_server() -> None:
         import uvicorn  # noqa: F401
     except ImportError as error:
         raise InputError(
-            f"dsq serve needs {error.name}, which is not installed: pip install 'dsq[server]'"
+            f"dsq serve needs {error.name}, which is not installed: pip install 'dsq[serve]'"
         ) from None
     del fastapi, prometheus_client
 

@@ -49,12 +49,17 @@ Progress = Callable[[str, int, int, float], None]
 
 # Files of an unfinished run; a name with a dot is not gone on with.
 _RESULT, _TRAINING, _UNFINISHED = "distilled.gguf", "training.pt", ".training.pt"
-_STATE = ("step", "best_step", "looks", "kld_before", "kld_best", "seconds_in_steps", "best")
+_STATE = (
+    *("step", "best_step", "looks", "pace"),
+    *("kld_before", "kld_best", "seconds_in_steps", "best"),
+)
+# A look this much above the best: the steps are too large, and the way since the best is undone.
+_WORSE, _SLOWER = 1.02, 0.3
 
 
 @dataclass(frozen=True)
 class Options:
-    """`lr` is the largest relative change of a scale in a step."""
+    """`lr`: the largest relative change of a scale in a step, at first."""
 
     lr: float = 1e-3
     epochs: int = 2
@@ -197,6 +202,7 @@ class _Run:
         self.train = np.arange(len(held), len(ids))
         self.progress = progress
         self.best: list[Tensor] = []
+        self.pace = 1.0
         self.step = self.best_step = self.looks = 0
         self.kld_before = self.kld_best = math.inf
         self.seconds_in_steps = 0.0
@@ -219,7 +225,7 @@ class _Run:
             batch = batches[self.step]
             start = time.perf_counter()
             for group in optimizer.param_groups:
-                group["lr"] = options.lr * _schedule(self.step, len(batches))
+                group["lr"] = self.pace * options.lr * _schedule(self.step, len(batches))
             optimizer.zero_grad()
             student.backward(self.ids[batch], partial(self._loss, batch))
             optimizer.step()
@@ -227,18 +233,26 @@ class _Run:
             self.seconds_in_steps += time.perf_counter() - start
             if self.step % options.check_every and self.step < len(batches):
                 continue
-            self._look(n)
+            self._look(n, optimizer)
             self.progress("distilling", self.step, len(batches), self.kld_best / self.kld_before)
             self._save(folder, optimizer)
         student.restore(self.best)
 
-    def _look(self, n: int) -> None:
-        """Judge by the held-out windows."""
+    def _look(self, n: int, optimizer: Adam) -> None:
+        """Judge by the held-out windows; take smaller steps from the best when they led away.
+
+        How large a step may be differs a hundredfold between models and files: what error feedback
+        has made is near a minimum already.
+        """
         kld = self._held_out_kld(n)
         self.looks += 1
         if kld < self.kld_best:
             self.best, self.looks = self.student.snapshot(), 0
             self.kld_best, self.best_step = kld, self.step
+        elif kld > _WORSE * self.kld_best:
+            self.student.restore(self.best)
+            optimizer.state.clear()
+            self.pace *= _SLOWER
 
     def _save(self, folder: Path, optimizer: Adam) -> None:
         import torch

@@ -143,3 +143,12 @@ def test_a_killed_run_goes_on_to_the_same_bytes(
     assert out.read_bytes() == (tmp_path / "whole.gguf").read_bytes()
     assert (again.steps, again.kld_after) == (whole.steps, whole.kld_after)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["killed.gguf", "q4_0.gguf", "whole.gguf"]
+
+
+def test_steps_that_are_too_large_are_taken_back_and_shrink(
+    windows: np.ndarray, tmp_path: Path
+) -> None:
+    file = quantized(tmp_path, "q4_0")
+    wild = replace(FAST, lr=0.2, check_every=1)
+    report = distill(TINY_CODER, file, tmp_path / "out.gguf", windows, wild)
+    assert report.kld_after < 0.95 * report.kld_before
