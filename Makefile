@@ -17,12 +17,13 @@ export CMAKE_ARGS ?= -DLLAVA_BUILD=OFF -DLLAMA_OPENSSL=OFF
 # Fetched by hash: the real model, and llama.cpp's sources (converter, vocabularies, peer tools).
 PEERS := .cache/peers
 
-.PHONY: help demo test test-slow test-transformers check lint bench peers clean
+.PHONY: help demo test test-slow test-gpu test-transformers check lint bench peers clean
 
 help:
 	@echo "make demo       the main job on a real model, with a drift table at the end"
 	@echo "make test       all tests (installs torch for the reference logits)"
 	@echo "make test-slow  the longer proofs"
+	@echo "make test-gpu   the tests that need a CUDA card, recorded in docs/gpu.md"
 	@echo "make test-transformers  what dsq writes for Hugging Face, loaded by four versions of it"
 	@echo "make check      ruff, mypy strict and the tests"
 	@echo "make bench      dsq against llama.cpp's own tools, written to benchmarks/RESULTS.md"
@@ -35,6 +36,9 @@ test: $(VENV)/.dev $(PEERS)/.smollm2 $(PEERS)/.llama.cpp
 
 test-slow: $(VENV)/.dev
 	@$(BIN)/python -m pytest -m slow
+
+test-gpu: $(VENV)/.dev
+	@$(BIN)/python -m scripts.record_gpu
 
 # Opt-in: four environments of about 280 MB in .cache/transformers-envs.
 test-transformers: $(VENV)/.runtime

@@ -1,19 +1,24 @@
-"""`dsq convert`: a checkpoint to GGUF, GPTQ or EXL2, and a GGUF back to Hugging Face."""
+"""`dsq convert`: a checkpoint to GGUF, GPTQ or EXL2, and a GGUF, GPTQ or EXL2 back to dense."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from dsq.cli import calibration_text, common, convert_exl2, convert_gptq
+from dsq.cli import calibration_text, common, convert_exl2, convert_gptq, convert_packed
 from dsq.cli.compensation import take_source
 from dsq.cli.progress import progress_bar
 from dsq.errors import InputError
 
+if TYPE_CHECKING:
+    from dsq.convert.checkpoint import HfCheckpoint
+
 DESCRIPTION = (
     "Convert a Hugging Face checkpoint to GGUF, or (--to hf) a GGUF to Hugging Face, or either\n"
-    "to a directory of GPTQ (--to gptq) or EXL2 weights (--to exl2), calibrated on text."
+    "to a directory of GPTQ (--to gptq) or EXL2 weights (--to exl2), calibrated on text. A GPTQ or\n"
+    "EXL2 directory becomes a GGUF by moving its codes, without rounding where the grids coincide,\n"
+    "or (--to hf) dense weights."
 )
 EXAMPLE = "dsq convert ./deepseek-coder-1.3b-base --to gguf --outtype bf16 -o coder.gguf"
 
@@ -39,6 +44,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--allow-requantize", action="store_true", help="SRC may be quantized")
     parser.add_argument(
+        "--exact",
+        action="store_true",
+        help="of a GPTQ or EXL2 directory: refuse whatever is not the same number afterwards",
+    )
+    parser.add_argument(
         "--dither",
         type=float,
         default=0.0,
@@ -57,6 +67,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     _check(args)
+    packed = _packed_source(args)
+    if packed is not None and not _is_requantized(args):
+        return _of_packed(args, packed)
+    if args.exact:
+        raise InputError("--exact: only of a GPTQ or EXL2 directory, whose codes are moved")
     if args.to == "gptq":
         return convert_gptq.run(args)
     if args.to == "exl2":
@@ -66,6 +81,45 @@ def run(args: argparse.Namespace) -> int:
     from dsq.cli.quantize import convert_to_gguf
 
     return convert_to_gguf(args, args.outtype, allow_requantize=args.allow_requantize)
+
+
+def _packed_source(args: argparse.Namespace) -> HfCheckpoint | None:
+    """SRC as a checkpoint if it is a GPTQ or EXL2 directory."""
+    from dsq.convert.checkpoint import HfCheckpoint, open_checkpoint
+    from dsq.quant.presets import preset
+
+    if args.to == "gguf" and args.outtype.lower() not in ("auto", "copy"):
+        preset(args.outtype)  # an unknown type is told before a model is fetched
+    source = common.local_model(args.src, args)
+    args.src = str(source)
+    if not source.is_dir():
+        return None
+    checkpoint = open_checkpoint(source)
+    if isinstance(checkpoint, HfCheckpoint) and checkpoint.packed is not None:
+        return checkpoint
+    return None
+
+
+def _is_requantized(args: argparse.Namespace) -> bool:
+    """Whether a packed SRC is to be rounded to another quantized type, as was asked for."""
+    plain = ("auto", "f32", "f16", "bf16", "q8_0")
+    return args.to == "gguf" and args.allow_requantize and args.outtype.lower() not in plain
+
+
+def _of_packed(args: argparse.Namespace, checkpoint: HfCheckpoint) -> int:
+    if args.to in _CALIBRATED:
+        convert_packed.refuse_again(checkpoint, args.to)
+    if args.allow_nonfinite:
+        raise InputError(
+            f"--allow-nonfinite: {checkpoint.path} is quantized; its scales must be finite"
+        )
+    if args.pre:
+        from dsq.runtime.pre_check import check_pre
+
+        check_pre(checkpoint, args.pre)
+    if args.to == "hf":
+        return convert_packed.to_hf(args, checkpoint)
+    return convert_packed.to_gguf(args, checkpoint)
 
 
 def _check(args: argparse.Namespace) -> None:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 Ints = npt.NDArray[np.int32]
 FlashAttention = bool | Literal["auto"]
-_FLASH = {"auto": -1, False: 0, True: 1}  # enum llama_flash_attn_type
+FLASH_ATTENTION = {"auto": -1, False: 0, True: 1}  # enum llama_flash_attn_type
 
 
 class LlamaCppEngine:
@@ -84,7 +84,7 @@ class LlamaCppEngine:
         self._ctx = self._open(n_ubatch, n_threads or free_cores(), kv_type, flash_attention)
         self._memory = llama_cpp.llama_get_memory(self._ctx)
         self._tokens: list[int] = []
-        self._batch = _Batch(self._n_batch)
+        self._batch = Batch(self._n_batch)
 
     def _load(self, n_gpu_layers: int) -> llama_cpp.llama_model_p:
         params = llama_cpp.llama_model_default_params()
@@ -103,7 +103,7 @@ class LlamaCppEngine:
         params.n_ubatch = min(n_ubatch, self._n_batch)
         params.n_seq_max = self._n_seq
         params.n_threads = params.n_threads_batch = n_threads
-        params.flash_attn_type = _FLASH[flash]
+        params.flash_attn_type = FLASH_ATTENTION[flash]
         params.type_k = params.type_v = ggml_type(kv_type).id
         params.no_perf = True
         context = llama_cpp.llama_init_from_model(self._model, params)
@@ -231,7 +231,7 @@ class LlamaCppEngine:
             self.close()
 
 
-class _Batch:
+class Batch:
     """A llama_batch over numpy arrays: filled by slices, not by a Python loop over tokens."""
 
     def __init__(self, size: int) -> None:

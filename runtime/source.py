@@ -1,4 +1,7 @@
-"""A model on disk, GGUF file or Hugging Face directory: its vocabulary, size and engine."""
+"""A model on disk, GGUF file or Hugging Face directory: its vocabulary, size and engine.
+
+A GPTQ or EXL2 directory is one of the latter; the torch engine runs its exact codes.
+"""
 
 from __future__ import annotations
 
@@ -89,8 +92,16 @@ class Source:
         return [t for t in tensors.values() if t.name != "rope_freqs.weight"]
 
     @property
+    def packed_method(self) -> str | None:
+        """`gptq` or `exl2` of such a directory, None of every other model."""
+        packed = None if self.is_gguf else self._opened.packed
+        return None if packed is None else str(packed.method)
+
+    @property
     def files(self) -> list[Path]:
         """The files that hold weights."""
+        if self.packed_method:
+            return sorted(self._opened.files)
         return sorted({tensor.path for tensor in self._tensors})
 
     @property
@@ -99,8 +110,11 @@ class Source:
 
     @property
     def bpw(self) -> float:
-        """Bits a weight, over all tensors."""
-        return 8 * sum(t.n_bytes for t in self._tensors) / sum(t.n_elements for t in self._tensors)
+        """Bits a weight as stored, over all tensors; scales, zero points and the like count."""
+        n_bytes = sum(t.n_bytes for t in self._tensors)
+        if self.packed_method:
+            n_bytes = sum(self._opened.stored_as(t.name)[1] for t in self._tensors)
+        return 8 * n_bytes / sum(t.n_elements for t in self._tensors)
 
     @property
     def identity(self) -> str:
@@ -114,9 +128,9 @@ class Source:
         from dsq.runtime.torch_engine import require_torch
 
         require_torch(self.path)
-        config = self.path / "config.json"
+        configs = [self.path / name for name in ("config.json", "quantize_config.json")]
         libraries = f"torch {version('torch')} transformers {version('transformers')}"
-        return f"{libraries} {file_identity([*self.files, config])}"
+        return f"{libraries} {file_identity([*self.files, *filter(Path.is_file, configs)])}"
 
     def engine(self, settings: EngineSettings) -> Engine:
         """Load the model for one sequence of `n_ctx` tokens."""

@@ -1,6 +1,7 @@
 """TorchEngine: a Hugging Face directory run by transformers in float32 on the CPU.
 
-The reference that every other format is held against. The configuration is built from dsq's own
+The reference that every other format is held against; GPTQ and EXL2 directories run by the same code, their codes
+exact (see `packed_engine`). The configuration is built from dsq's own
 ModelSpec, and the rotary frequencies that transformers made of it are compared with ours: a RoPE
 factor that some version drops is found before a token is scored.
 """
@@ -39,13 +40,25 @@ def require_torch(path: str | Path) -> None:
         ) from error
 
 
-def _dequantized(checkpoint: HfCheckpoint | GgufCheckpoint) -> dict[str, Any] | None:
-    """A GPTQ or EXL2 directory's weights in float32; None for a dense one, read by transformers."""
-    if not isinstance(checkpoint, HfCheckpoint) or checkpoint.packed is None:
-        return None
-    from dsq.runtime.decoder import read_tensor
+def _load(checkpoint: HfCheckpoint | GgufCheckpoint, path: Path) -> Any:
+    """The model in float32; the matrices of a GPTQ or EXL2 directory stay packed."""
+    import torch
+    from transformers import LlamaForCausalLM
 
-    return {name: read_tensor(checkpoint, name) for name in checkpoint.tensors}
+    config = llama_config(checkpoint.spec)
+    with _quiet():
+        if isinstance(checkpoint, HfCheckpoint) and checkpoint.packed is not None:
+            from dsq.runtime.packed_engine import load_packed
+
+            return load_packed(checkpoint, config)
+        return LlamaForCausalLM.from_pretrained(
+            path,
+            config=config,
+            dtype=torch.float32,
+            attn_implementation="sdpa",
+            local_files_only=True,
+            use_safetensors=None,  # .bin only where there is nothing else, weights_only
+        ).eval()
 
 
 class TorchEngine:
@@ -54,7 +67,6 @@ class TorchEngine:
     def __init__(self, path: str | Path, *, n_ctx: int = 0, n_threads: int | None = None) -> None:
         require_torch(path)
         import torch
-        from transformers import LlamaForCausalLM
 
         self.path = Path(path)
         self._checkpoint = open_checkpoint(self.path)
@@ -62,17 +74,7 @@ class TorchEngine:
         self._n_ctx = n_ctx or spec.n_ctx
         self._torch = torch
         torch.set_num_threads(n_threads or default_threads())
-        packed = _dequantized(self._checkpoint)
-        with _quiet():
-            self._model: Any = LlamaForCausalLM.from_pretrained(
-                None if packed else self.path,
-                state_dict=packed,
-                config=llama_config(spec),
-                dtype=torch.float32,
-                attn_implementation="sdpa",
-                local_files_only=True,
-                use_safetensors=None,  # .bin only where there is nothing else, weights_only
-            ).eval()
+        self._model: Any = _load(self._checkpoint, self.path)
         check_rope(self._model, spec, self.path)
         self._n_vocab = spec.n_vocab
         self._tokens: list[int] = []

@@ -42,7 +42,7 @@ class PromptTooLong(InputError):
     def __init__(self, n_prompt: int, n_ctx: int) -> None:
         super().__init__(
             f"the prompt has {n_prompt} tokens, but a context of {n_ctx} holds at most "
-            f"{n_ctx - 1} and one to generate; shorten the prompt or start with a larger --ctx"
+            f"{n_ctx - 1} and one to generate; shorten the prompt or start the server with a larger -c"
         )
         self.n_prompt, self.n_ctx = n_prompt, n_ctx
 
@@ -171,7 +171,7 @@ class Step:
     A stop token ends the request with finish "stop" and is not among `token_ids`. "length" is
     max_tokens or a full context. `logprobs` has one entry a token, or is None when not asked for.
     `prompt_logprobs` comes once, on the first step: one entry a prompt token, None for the first.
-    `usage` is set when `finish` is.
+    `usage` comes with the first step, so that who stops there knows `n_cached`, and with the last.
     """
 
     token_ids: tuple[int, ...]

@@ -81,7 +81,7 @@ def _join(a: Step, b: Step) -> Step:
     if a.logprobs is not None and b.logprobs is not None:
         chosen = a.logprobs + b.logprobs
     prompt = a.prompt_logprobs if a.prompt_logprobs is not None else b.prompt_logprobs
-    return Step(a.token_ids + b.token_ids, chosen, prompt, b.finish, b.usage)
+    return Step(a.token_ids + b.token_ids, chosen, prompt, b.finish, b.usage or a.usage)
 
 
 class LlamaBackend:

@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from dsq.runtime.server.backend import (
     Backend,
@@ -73,13 +73,14 @@ async def one_answer(
     """
     has_line = False
     stream = TextStream(tokenizer, stops)
-    began = time.perf_counter()
+    begun: Usage | None = None
     first = 0.0
     async with aclosing(backend.generate(request)) as steps:
         async for step in steps:
             first = first or time.perf_counter()
+            begun = begun or step.usage
             piece = stream.push(step.token_ids, step.logprobs)
-            text, tokens, finish, usage = piece.text, piece.tokens, step.finish, step.usage
+            text, tokens, finish, usage = piece.text, piece.tokens, step.finish, None
             if finish is not None and stream.stop_string is None:
                 rest = stream.finish(finish)
                 text, tokens = text + rest.text, tokens + rest.tokens
@@ -89,7 +90,7 @@ async def one_answer(
             if stream.stop_string is not None:
                 finish = "stop"
             if finish is not None:
-                usage = usage or _own_usage(request, stream.n_tokens, began, first)
+                usage = step.usage if step.finish else _so_far(begun, stream.n_tokens, first)
             if text or tokens or finish or step.prompt_logprobs:
                 yield Delta(
                     index, text, tokens, finish, usage, stream.stop_string, step.prompt_logprobs
@@ -98,19 +99,12 @@ async def one_answer(
                 return
 
 
-def _own_usage(request: GenerateRequest, n_tokens: int, began: float, first: float) -> Usage:
-    """For a generation that was ended here: its backend does not say.
-
-    How much of the prompt was cached is not known then, and the wait for a slot is in prompt_ms.
-    """
-    now = time.perf_counter()
-    return Usage(
-        n_prompt=len(request.prompt_ids),
-        n_cached=0,
-        n_generated=n_tokens,
-        prompt_ms=(first - began) * 1e3,
-        predict_ms=(now - first) * 1e3,
-    )
+def _so_far(begun: Usage | None, n_tokens: int, first: float) -> Usage:
+    """For a generation that is ended here: what its backend said with the first step, and what
+    came since. Its drafts are not counted."""
+    assert begun is not None, "a backend's first step has its usage"
+    predict_ms = (time.perf_counter() - first) * 1e3
+    return replace(begun, n_generated=n_tokens, predict_ms=predict_ms)
 
 
 async def answers(

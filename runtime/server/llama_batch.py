@@ -16,7 +16,7 @@ from dsq.quant.scheme import ggml_type
 from dsq.quant.threads import free_cores
 from dsq.runtime import llama_log
 from dsq.runtime.engine import Floats
-from dsq.runtime.llamacpp import _FLASH, FlashAttention, _Batch
+from dsq.runtime.llamacpp import FLASH_ATTENTION, Batch, FlashAttention
 
 KV_TYPES = ("f16", "q8_0", "q4_0")
 
@@ -79,7 +79,7 @@ class LlamaBatch:
     def __init__(self, settings: LlamaSettings) -> None:
         self._model = self._ctx = None  # so that close() works whatever fails below
         self._memory: Any = None
-        self._batch = _Batch(settings.n_batch)
+        self._batch = Batch(settings.n_batch)
         self.path = settings.path
         if not Path(self.path).is_file():
             raise InputError(f"{self.path}: no such file")
@@ -128,7 +128,7 @@ class LlamaBatch:
         params.n_batch = params.n_ubatch = self.n_batch
         params.n_seq_max = settings.n_parallel + settings.n_prefixes
         params.n_threads = params.n_threads_batch = settings.n_threads or free_cores()
-        params.flash_attn_type = _FLASH[settings.flash_attention]
+        params.flash_attn_type = FLASH_ATTENTION[settings.flash_attention]
         params.type_k = params.type_v = ggml_type(settings.kv_type).id
         params.kv_unified = True  # sequences that begin alike share cells
         params.swa_full = True  # so that any suffix can be forgotten

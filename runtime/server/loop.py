@@ -259,7 +259,8 @@ class Loop:
             sampled.append(token)
             if i < len(draft) and token != draft[i]:
                 break
-        if run.first is None:
+        is_first = run.first is None
+        if is_first:
             run.first = now
         if sampled and not self._scheduler.advance(rows.request, sampled) and finish is None:
             finish = "length"
@@ -271,9 +272,11 @@ class Loop:
         if request.n_logprobs:
             chosen = tuple(logprobs(logits[: len(sampled)], sampled, request.n_logprobs))
         prompt = None
-        if request.prompt_logprobs and run.n_generated == len(sampled):
+        if request.prompt_logprobs and is_first:
             prompt = tuple(run.prompt_logprobs)
-        usage = self._end(rows.request, run) if finish is not None else None
+        usage = self._usage(rows.request, run) if is_first or finish is not None else None
+        if finish is not None:
+            self.cancel(rows.request)
         return Step(tuple(sampled), chosen, prompt, finish, usage)
 
     def _count(self, run: _Run, n: int, n_drafted: int, n_accepted: int) -> None:
@@ -284,15 +287,13 @@ class Loop:
         self.counters.drafted_tokens += n_drafted
         self.counters.accepted_tokens += n_accepted
 
-    def _end(self, id: int, run: _Run) -> Usage:
-        n_cached = self._scheduler.n_cached(id)
-        self.cancel(id)
+    def _usage(self, id: int, run: _Run) -> Usage:
         now = time.perf_counter()
         assert run.began is not None
         assert run.first is not None
         return Usage(
             n_prompt=len(run.request.prompt_ids),
-            n_cached=n_cached,
+            n_cached=self._scheduler.n_cached(id),
             n_generated=run.n_generated,
             prompt_ms=1e3 * (run.first - run.began),
             predict_ms=1e3 * (now - run.first),

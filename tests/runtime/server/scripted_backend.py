@@ -68,7 +68,7 @@ class ScriptedBackend:
                 finish = "length" if n >= request.max_tokens else None
                 ended = finish is not None
                 logprobs = (_logprobs(item, request.n_logprobs),) if request.n_logprobs else None
-                usage = self._usage(request, n) if ended else None
+                usage = self._usage(request, n) if ended or n == 1 else None
                 yield Step((item,), logprobs, first, finish, usage)
                 first = None
                 if ended:
