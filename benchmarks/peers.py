@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,7 @@ PEERS = ROOT / ".cache" / "peers"
 BUILD = ROOT / ".cache" / "llama.cpp-build"
 SMOLLM2_GGUF = PEERS / "SmolLM2-135M-Instruct.Q4_1.gguf"
 TOOLS = ("llama-quantize", "llama-perplexity")
+SERVER = "llama-server"
 
 # llama-cpp-python's own settings (its CMakeLists.txt), with the tools on. What is not named here
 # has llama.cpp's default on both sides: Release, GGML_NATIVE, OpenMP.
@@ -29,7 +31,8 @@ _FLAGS = (
     "-DLLAMA_BUILD_TOOLS=ON",
     "-DLLAMA_BUILD_TESTS=OFF",
     "-DLLAMA_BUILD_EXAMPLES=OFF",
-    "-DLLAMA_BUILD_SERVER=OFF",
+    "-DLLAMA_BUILD_SERVER=ON",
+    "-DLLAMA_BUILD_UI=OFF",  # its web page would be downloaded
     "-DLLAMA_BUILD_APP=OFF",
     # Else llama.cpp prints the commit of the repository around it, which is dsq's.
     "-DLLAMA_BUILD_NUMBER=0",
@@ -97,16 +100,31 @@ def find_peers() -> Peers:
     return Peers(source, folder)
 
 
+def find_server() -> Path:
+    """llama-server, built if it is not there. LLAMA_SERVER names another one."""
+    named = os.environ.get("LLAMA_SERVER")
+    if named:
+        if not Path(named).is_file():
+            sys.exit(f"LLAMA_SERVER={named}: no such file")
+        return Path(named)
+    peers = find_peers()
+    if not (peers.bin / SERVER).is_file():
+        if os.environ.get("DSQ_PEER_BIN"):
+            sys.exit(f"DSQ_PEER_BIN={peers.bin} lacks {SERVER}; name one with LLAMA_SERVER")
+        build(peers.source, (SERVER,))
+    return peers.bin / SERVER
+
+
 def _built_from(source: Path) -> bool:
     cache = BUILD / "CMakeCache.txt"
     return cache.is_file() and f"CMAKE_HOME_DIRECTORY:INTERNAL={source}\n" in cache.read_text()
 
 
-def build(source: Path) -> None:
-    """Compile the two tools: about 5 minutes on 2 cores."""
+def build(source: Path, targets: Sequence[str] = TOOLS) -> None:
+    """Compile tools: the two take about 5 minutes on 2 cores."""
     if shutil.which("cmake") is None:
         sys.exit("building llama.cpp's tools needs cmake and a C++ compiler")
-    print(f"Building {' and '.join(TOOLS)} in {BUILD} (5 minutes on 2 cores).", flush=True)
+    print(f"Building {' and '.join(targets)} in {BUILD} (5 minutes on 2 cores).", flush=True)
     start = time.perf_counter()
     if BUILD.exists() and not _built_from(source):
         shutil.rmtree(BUILD)
@@ -116,7 +134,7 @@ def build(source: Path) -> None:
     jobs = str(len(os.sched_getaffinity(0)))
     for command in (
         ["cmake", "-S", str(source), "-B", str(BUILD), *generator, *extra, *_FLAGS, commit],
-        ["cmake", "--build", str(BUILD), "--target", *TOOLS, "--parallel", jobs],
+        ["cmake", "--build", str(BUILD), "--target", *targets, "--parallel", jobs],
     ):
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         if done.returncode:

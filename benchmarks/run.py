@@ -24,6 +24,8 @@ MODULES = {
     "calibration": "benchmarks.calibration",
     "compensated": "benchmarks.compensated",
     "tokenizer": "benchmarks.tokenizer",
+    "gptq": "benchmarks.gptq",
+    "server": "benchmarks.server_speed",
 }
 BUSY = 0.05
 

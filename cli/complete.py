@@ -29,6 +29,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("-n", "--n-predict", type=common.positive, default=128, metavar="N")
     parser.add_argument("-c", "--ctx-size", type=common.positive, help="default: what is needed")
+    parser.add_argument(
+        "--engine",
+        choices=("auto", "llama.cpp", "torch"),
+        default="auto",
+        help="torch runs the exact codes of a GPTQ or EXL2 directory; auto runs it in llama.cpp, "
+        "as a GGUF that is kept in the cache",
+    )
     common.add_sampling(parser, temp=0.0)
     common.add_gpu(parser)
     common.add_threads(parser)
@@ -58,6 +65,7 @@ def run(args: argparse.Namespace) -> int:
     sampler = common.sampler(args)
     model = common.local_model(args.model, args)
     from dsq.runtime.complete import complete, completion_ids
+    from dsq.runtime.repack_cache import generation_engine
     from dsq.runtime.source import EngineSettings, Source
     from dsq.tokenizer_port.tokenizer import Tokenizer
 
@@ -66,7 +74,9 @@ def run(args: argparse.Namespace) -> int:
     n_prompt = len(completion_ids(tokenizer, prefix, suffix, parse_special=args.special))
     n_ctx = args.ctx_size or -(-(n_prompt + args.n_predict) // 256) * 256
     settings = EngineSettings(n_ctx, args.threads, common.gpu_layers(args))
-    engine = source.engine(settings)
+    engine = generation_engine(
+        model, settings, name=args.engine, tell=lambda text: print(f"dsq: {text}", file=sys.stderr)
+    )
     try:
         generation = complete(
             engine,

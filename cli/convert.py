@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 
 DESCRIPTION = (
     "Convert a Hugging Face checkpoint to GGUF, or (--to hf) a GGUF to Hugging Face, or either\n"
-    "to a directory of GPTQ (--to gptq) or EXL2 weights (--to exl2), calibrated on text. A GPTQ or\n"
-    "EXL2 directory becomes a GGUF by moving its codes, without rounding where the grids coincide,\n"
-    "or (--to hf) dense weights."
+    "to a directory of GPTQ (--to gptq) or EXL2 weights (--to exl2), calibrated on text.\n"
+    "A GPTQ or EXL2 directory becomes a GGUF by moving its codes, not rounded where the grids\n"
+    "coincide, or (--to hf) dense weights."
 )
 EXAMPLE = "dsq convert ./deepseek-coder-1.3b-base --to gguf --outtype bf16 -o coder.gguf"
 

@@ -47,8 +47,8 @@ def to_gguf(args: argparse.Namespace, checkpoint: HfCheckpoint) -> int:
         if args.json:
             common.print_json(report)
         else:
-            for entry in report["plan"]:
-                print(f"{entry['name']:<32} {entry['source']:>12} → {entry['type']:<5} {entry['why']}")
+            for e in report["plan"]:
+                print(f"{e['name']:<32} {e['source']:>12} → {e['type']:<5} {e['why']}".rstrip())
         return 0
     with progress_bar(f"→ {out}", plan.gguf.layout.data_bytes, quiet=args.json) as advance:
         artifact, receipt = run_repack(

@@ -14,7 +14,7 @@ from dsq.errors import InputError
 DESCRIPTION = (
     "Measure perplexity by llama.cpp's own protocol and, with --ref, the divergence from that\n"
     "model's predictions. MODEL and REF may be GGUF files or Hugging Face directories (those run\n"
-    "in transformers, float32)."
+    "in transformers, float32; of GPTQ and EXL2 the exact codes)."
 )
 EXAMPLE = "dsq eval coder-q4_0.gguf --ref coder-bf16.gguf --text src/*.py"
 

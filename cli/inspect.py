@@ -26,7 +26,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from dsq.convert.inspect import inspect_checkpoint, open_model
 
-    report = inspect_checkpoint(open_model(common.local_model(args.model, args)), args.ctx_size)
+    checkpoint = open_model(common.local_model(args.model, args))
+    packed = getattr(checkpoint, "packed", None)
+    report = inspect_checkpoint(checkpoint, args.ctx_size)
+    report["quantization"] = None if packed is None else packed.method
     if args.json:
         common.print_json(report)
     else:
@@ -38,8 +41,9 @@ def _print(report: dict[str, Any]) -> None:
     rope, tokenizer, memory = report["rope"], report["tokenizer"], report["memory_at_ctx"]
     fim = tokenizer["fim"]
     heads = f"{report['n_head']} heads, {report['n_head_kv']} for K and V"
+    kind = report["quantization"]
     rows = [
-        ("model", f"{report['path']} ({report['format']})"),
+        ("model", f"{report['path']} ({report['format']}{f', {kind}' if kind else ''})"),
         ("architecture", f"{report['architecture']}, {report['n_params'] / 1e6:,.1f} M weights"),
         ("layers", f"{report['n_layer']} × {report['n_embd']}, ffn {report['n_ff']}, {heads}"),
         ("RoPE", f"{rope['kind']}, factor {rope['factor']:g}, base {rope['freq_base']:g}"),

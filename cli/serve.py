@@ -15,7 +15,7 @@ from dsq.errors import InputError, UnsupportedError
 
 if TYPE_CHECKING:
     from dsq.runtime.server.llama_batch import LlamaSettings
-    from dsq.runtime.server.models import ModelPool, Offer
+    from dsq.runtime.server.models import ModelPool
 
 DESCRIPTION = (
     "Serve a GGUF, or every GGUF of a folder, over HTTP: OpenAI's /v1/completions (with suffix:\n"
@@ -24,7 +24,8 @@ DESCRIPTION = (
 )
 EXAMPLE = "dsq serve coder-q4.gguf -c 8192"
 
-DEFAULT_CTX = 4096  # a 16k cache of a 6.7b would take 8 GiB unasked
+ENGINES = ("auto", "llama.cpp")
+PLANNED_ENGINES = ("torch", "exllamav2", "vllm")
 MAX_MODELS = 200  # of one folder
 MOST_PORTS = 65535
 
@@ -48,12 +49,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="ORIGIN",
         help="web pages of this origin may use the server, such as http://localhost:3000",
     )
+    parser.add_argument(
+        "--engine", default="auto", metavar="E", help="auto or llama.cpp, the one that serves"
+    )
     parser.add_argument("--alias", metavar="NAME", help="the model's name (default: its file's)")
     parser.add_argument(
         "-c",
         "--ctx-size",
         type=common.positive,
-        help=f"of one request (default: {DEFAULT_CTX} or the model's own)",
+        help="of one request (default: 4096 or the model's own, less where memory is short)",
     )
     parser.add_argument(
         "--parallel", type=_parallel, default=4, metavar="N", help="requests at once (default 4)"
@@ -99,6 +103,7 @@ def _parallel(text: str) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
+    _check_engine(args.engine)
     keys = _api_keys(args)
     _require_server()
     from dsq.runtime.server.limits import LOCAL_HOSTS, Limits, check_binding
@@ -107,7 +112,7 @@ def run(args: argparse.Namespace) -> int:
     local = check_binding(args.host, keys)
     files = _model_files(args)
     with listen(args.host, args.port) as where:
-        pool = _pool(files, args)
+        pool, about = _pool(files, args)
         _log_to_stderr()
         from dsq.runtime.server.app import build_app
         from dsq.runtime.server.listen import serve
@@ -127,10 +132,20 @@ def run(args: argparse.Namespace) -> int:
                 async with pool.use(None):
                     pass
             host = f"[{args.host}]" if ":" in args.host else args.host
-            print(f"dsq serve: {', '.join(pool.offers)} on http://{host}:{port}", flush=True)
+            print(f"dsq serve: {about} on http://{host}:{port}", flush=True)
 
         serve(app, where, before=load, after=pool.close)
     return 0
+
+
+def _check_engine(name: str) -> None:
+    if name in PLANNED_ENGINES:
+        raise UnsupportedError(
+            f"--engine {name}: dsq serve has no {name} engine yet; leave it out to serve a GGUF by "
+            "llama.cpp"
+        )
+    if name not in ENGINES:
+        raise InputError(f"--engine {name}: no such engine; give {' or '.join(ENGINES)}")
 
 
 def _api_keys(args: argparse.Namespace) -> tuple[str, ...]:
@@ -177,61 +192,65 @@ def _first_shard(path: Path) -> bool:
     return not re.search(r"-\d{5}-of-\d{5}\.gguf$", path.name) or "-00001-of-" in path.name
 
 
-def _pool(files: dict[str, Path], args: argparse.Namespace) -> ModelPool:
+def _pool(files: dict[str, Path], args: argparse.Namespace) -> tuple[ModelPool, str]:
+    """The models, and what the server says of them when it starts."""
+    from dsq.convert.gguf.reader import read_gguf
+    from dsq.convert.inspect import check_has_weights
+    from dsq.runtime.devices import available_memory
     from dsq.runtime.server.client import LlamaBackend
-    from dsq.runtime.server.models import ModelPool, available_memory
+    from dsq.runtime.server.models import ModelPool, Offer
+    from dsq.runtime.server.plan import plan_server
     from dsq.runtime.source import Source
     from dsq.tokenizer_port.tokenizer import Tokenizer
 
-    settings = {path: _settings(path, args) for path in files.values()}
-    return ModelPool(
-        {name: _offer(path, settings[path]) for name, path in files.items()},
-        lambda path: LlamaBackend(settings[path], max_queued=args.queue),
+    asked, free = _settings(args), available_memory()
+    for path in files.values():
+        check_has_weights(read_gguf(path))
+    planned = {path: plan_server(path, asked, free) for path in files.values()}
+    pool = ModelPool(
+        {
+            name: Offer(path, int(path.stat().st_mtime), planned[path][1])
+            for name, path in files.items()
+        },
+        lambda path: LlamaBackend(planned[path][0], max_queued=args.queue),
         lambda path: Tokenizer.from_vocabulary(Source(path).vocabulary),
         most_loaded=args.max_models,
         idle_s=args.idle,
         free_memory=available_memory,
     )
+    about = ", ".join(files)
+    if len(files) == 1:
+        settings, n_bytes = next(iter(planned.values()))
+        about += (
+            f", llama.cpp, context {settings.n_ctx:,}, {settings.kv_type} cache"
+            + f", about {n_bytes >> 20:,} of {free >> 20:,} MiB free memory" * (n_bytes > 0)
+        )
+    return pool, about
 
 
-def _settings(path: Path, args: argparse.Namespace) -> LlamaSettings:
-    from dsq.convert.gguf.reader import read_gguf
-    from dsq.convert.inspect import check_has_weights
+def _settings(args: argparse.Namespace) -> LlamaSettings:
+    """As asked; n_ctx 0 is for the plan to choose. Raises InputError for layers on no GPU."""
+    import llama_cpp
+
+    from dsq.runtime.devices import LLAMA_CPP_CUDA
     from dsq.runtime.server.llama_batch import LlamaSettings
 
-    gguf = read_gguf(path)
-    check_has_weights(gguf)
-    trained = gguf.metadata.get(f"{gguf.metadata.get('general.architecture')}.context_length")
-    n_ctx = args.ctx_size or min(DEFAULT_CTX, trained or DEFAULT_CTX)
+    n_gpu_layers = common.gpu_layers(args)
+    if n_gpu_layers and not llama_cpp.llama_supports_gpu_offload():
+        raise InputError(
+            f"-ngl {args.n_gpu_layers}: llama-cpp-python was built without a GPU; leave -ngl out, "
+            f"or build it with one: {LLAMA_CPP_CUDA}"
+        )
     settings = LlamaSettings(
-        path=str(path),
-        n_ctx=n_ctx,
+        path="",
+        n_ctx=args.ctx_size or 0,
         kv_size=args.kv_size or 0,
         n_parallel=args.parallel,
         n_threads=args.threads,
-        n_gpu_layers=common.gpu_layers(args),
+        n_gpu_layers=n_gpu_layers,
         kv_type=args.kv_type,
     )
     return replace(settings, n_draft=0) if args.no_lookup else settings
-
-
-_KV_SHARE = {"f16": 1.0, "q8_0": 34 / 64, "q4_0": 18 / 64}  # of f16's bytes
-
-
-def _offer(path: Path, settings: LlamaSettings) -> Offer:
-    from dsq.convert.checkpoint import open_checkpoint
-    from dsq.convert.inspect import memory_at
-    from dsq.runtime.server.models import Offer
-
-    created = int(path.stat().st_mtime)
-    try:
-        checkpoint = open_checkpoint(path)
-        weights = sum(t.n_bytes for t in checkpoint.tensors.values())
-        memory = memory_at(checkpoint.spec, weights, settings.kv_size or settings.n_ctx)
-        kv_cache = int(memory.kv_cache * _KV_SHARE[settings.kv_type])
-        return Offer(path, created, memory.weights + kv_cache + memory.compute)
-    except UnsupportedError:  # of an architecture that dsq runs and does not convert
-        return Offer(path, created, path.stat().st_size)
 
 
 def _log_to_stderr() -> None:

@@ -1,9 +1,9 @@
 """TorchEngine: a Hugging Face directory run by transformers in float32 on the CPU.
 
-The reference that every other format is held against; GPTQ and EXL2 directories run by the same code, their codes
-exact (see `packed_engine`). The configuration is built from dsq's own
-ModelSpec, and the rotary frequencies that transformers made of it are compared with ours: a RoPE
-factor that some version drops is found before a token is scored.
+The reference that every other format is held against; of a GPTQ or EXL2 directory it runs the exact
+codes (see `packed_engine`). The configuration is built from dsq's own ModelSpec, and the rotary
+frequencies that transformers made of it are compared with ours: a RoPE factor that some version
+drops is found before a token is scored.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from dsq.convert.atomic import check_directory, write_text
+from dsq.convert.atomic import DiskError, check_directory, write_text
 from dsq.convert.checkpoint import GgufCheckpoint, HfCheckpoint
 from dsq.convert.hf.writer import SHARD_BYTES, config_json, generation_config_json, is_model_file
 from dsq.convert.names import gguf_name, permuted_heads
@@ -119,8 +120,13 @@ class DirectoryWriter:
                 (self.work / name).replace(ready / name)
         for name, content in {**files, **self._index()}.items():
             write_text(ready / name, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-        check_output(self.out, force=force)
+        try:
+            check_output(self.out, force=force)
+        except InputError as error:  # it came while we worked: what is done is kept
+            raise DiskError(str(error)) from error
         if self.out.exists():
+            if (self.work / _OLD).exists():  # of a run that was killed here
+                shutil.rmtree(self.work / _OLD)
             self.out.replace(self.work / _OLD)
         return _READY
 

@@ -61,7 +61,7 @@ _WORSE, _SLOWER = 1.02, 0.3
 class Options:
     """`lr`: the largest relative change of a scale in a step, at first."""
 
-    lr: float = 1e-3
+    lr: float = 5e-4
     epochs: int = 2
     batch_tokens: int = 512
     held_out: float = 0.125  # of the windows, never trained on

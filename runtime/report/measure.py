@@ -135,17 +135,32 @@ def report(
         ids = measurements[0].windows.ids[:1]
         reference = _hidden_states(Path(ref), ids)
         errors = [_relative(_hidden_states(path, ids), reference) for path in paths]
+    notes += _engines(paths)
     names = _names(paths)
     entries = [_entry(*row) for row in zip(names, paths, measurements, errors, strict=True)]
     entries.sort(key=lambda entry: -entry.bpw)
     return Report(str(ref), tuple(text_names), tuple(entries), tuple(notes))
 
 
+def _engines(paths: Sequence[Path]) -> list[str]:
+    """What to know where files of several formats are compared."""
+    sources = [Source(path) for path in paths]
+    packed = sorted({s.packed_method.upper() for s in sources if s.packed_method})
+    if not packed or not any(source.is_gguf for source in sources):
+        return []
+    return [
+        f"{' and '.join(packed)} ran in torch, their exact codes in float32; GGUF ran in "
+        f"llama.cpp, which also rounds activations and the KV cache."
+    ]
+
+
 def _names(paths: Sequence[Path]) -> list[str]:
     """Short names; what all file names begin with is left out."""
-    stems = [path.resolve().name.removesuffix(".gguf") for path in paths]
-    if len(set(stems)) < len(stems):
-        return [str(path) for path in paths]
+    resolved = [path.resolve() for path in paths]
+    stems = [path.name.removesuffix(".gguf") for path in resolved]
+    if len(set(stems)) < len(stems):  # a directory and the GGUF made of it have one stem
+        whole = [path.name for path in resolved]
+        return whole if len(set(whole)) == len(whole) else [str(path) for path in paths]
     common = 0
     if len(stems) > 1:
         while all(len(s) > common and s[common] == stems[0][common] for s in stems):

@@ -242,6 +242,7 @@ def _add_state(api: FastAPI, service: Service) -> None:
                     "n_slots": now.n_slots,
                     "n_busy": now.n_busy,
                     "n_queued": now.n_queued,
+                    "step_seconds": now.prompt_seconds_total + now.predict_seconds_total,
                     "tokens_per_second": round(now.tokens_per_second, 2),
                     "memory_bytes": now.memory_bytes,
                     "kv_used": now.kv_used,

@@ -42,7 +42,7 @@ class PromptTooLong(InputError):
     def __init__(self, n_prompt: int, n_ctx: int) -> None:
         super().__init__(
             f"the prompt has {n_prompt} tokens, but a context of {n_ctx} holds at most "
-            f"{n_ctx - 1} and one to generate; shorten the prompt or start the server with a larger -c"
+            f"{n_ctx - 1} and one to generate; shorten the prompt or serve with a larger -c"
         )
         self.n_prompt, self.n_ctx = n_prompt, n_ctx
 

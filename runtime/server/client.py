@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import os
 import signal
 import sys
 import time
@@ -13,6 +14,7 @@ from collections.abc import AsyncGenerator
 from dataclasses import asdict
 
 from dsq.errors import DsqError, InputError
+from dsq.quant.threads import free_cores
 from dsq.runtime.server.backend import (
     BackendStats,
     Busy,
@@ -82,6 +84,20 @@ def _join(a: Step, b: Step) -> Step:
         chosen = a.logprobs + b.logprobs
     prompt = a.prompt_logprobs if a.prompt_logprobs is not None else b.prompt_logprobs
     return Step(a.token_ids + b.token_ids, chosen, prompt, b.finish, b.usage or a.usage)
+
+
+def _environment(n_threads: int | None) -> dict[str, str] | None:
+    """The worker's environment; None: the server's own.
+
+    llama-cpp-python's libggml-cpu is built with OpenMP (libgomp), whose threads spin where they
+    meet. Two threads on two cores that others used too gave 0.1 to 3 tokens a second (SmolLM2),
+    22 with PASSIVE, which waits in the kernel, and one thread gave 28 to 30. So with no number
+    given the worker takes the cores that are free (`free_cores`) and spins; who asks for more than
+    that gets threads that do not spin. What others do later is not watched.
+    """
+    if n_threads is None or n_threads <= free_cores() or "OMP_WAIT_POLICY" in os.environ:
+        return None
+    return {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}
 
 
 class LlamaBackend:
@@ -259,6 +275,7 @@ class LlamaBackend:
             *(sys.executable, "-m", "dsq.runtime.server.worker"),
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
+            env=_environment(self._settings.n_threads),
         )
         self._process = process
         if self._closing.is_set():

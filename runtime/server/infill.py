@@ -68,7 +68,7 @@ def infill(
     wanted = n_ctx // 4 if n_predict < 0 else max(1, n_predict)
     room = max(n_ctx - wanted, n_ctx // 2) - len(empty)
     if room < 1:
-        raise InputError(f"a context of {n_ctx} has no room for a file; start with a larger --ctx")
+        raise InputError(f"a context of {n_ctx} has no room for a file; serve with a larger -c")
     before, after = encode(prefix), encode(suffix)
     n_before, n_after = _shares(len(before), len(after), room)
     kept_before = keep_end(tokenizer, prefix, before, n_before, parse_special)

@@ -98,7 +98,7 @@ class ModelPool:
             raise DsqError(
                 f"{name} needs about {offer.memory_bytes >> 20} MiB, but "
                 f"{(self._free_memory() or 0) >> 20} MiB are free; start the server with a "
-                "smaller -c or --parallel, or take a smaller quantization"
+                "smaller -c or --kv-type q8_0, or take a smaller quantization (dsq fit shows them)"
             )
         log.info("loading %s", name)
         tokenizer = await asyncio.to_thread(self._read_tokenizer, offer.path)
@@ -140,14 +140,3 @@ class ModelPool:
         async with self._lock:
             for model in list(self.loaded.values()):
                 await self._unload(model)
-
-
-def available_memory() -> int | None:
-    """Bytes that Linux says can be had without swapping; None where it does not say."""
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        return None
-    return None

@@ -82,6 +82,22 @@ def test_the_server_says_what_the_engine_says(
     assert "".join(chunk.choices[0].text for chunk in stream) == wanted.text
 
 
+def test_an_answer_cut_by_a_stop_string_says_what_was_cached(client: openai.OpenAI) -> None:
+    prompt = "def cached(self): pass # " * 3
+    plain = client.completions.create(model="x", prompt=prompt, max_tokens=20, temperature=0)
+    stop = plain.choices[0].text[4:6]
+    cut = client.completions.create(
+        model="x", prompt=prompt, max_tokens=20, temperature=0, stop=stop
+    )
+    assert cut.choices[0].finish_reason == "stop"
+    assert cut.choices[0].text == plain.choices[0].text.partition(stop)[0]
+    assert plain.usage is not None
+    assert cut.usage is not None
+    assert cut.usage.prompt_tokens_details is not None
+    assert cut.usage.prompt_tokens_details.cached_tokens == plain.usage.prompt_tokens - 1
+    assert cut.usage.completion_tokens < plain.usage.completion_tokens
+
+
 def test_a_schema_is_kept(client: openai.OpenAI) -> None:
     schema = {"type": "array", "items": {"enum": ["a", "b"]}, "minItems": 2, "maxItems": 2}
     found = client.chat.completions.create(
@@ -135,6 +151,10 @@ def test_a_folder_of_models(tiny: Path, tmp_path: Path) -> None:
         (["--host", "0.0.0.0"], "give --api-key"),
         (["--api-key", "short"], "shorter than 8"),
         (["--port", "70000"], "no port"),
+        (["--engine", "vllm"], "has no vllm engine yet"),
+        (["--engine", "x"], "no such engine; give auto or llama.cpp"),
+        (["-ngl", "all"], "built without a GPU"),
+        (["-c", "100000"], "was trained on 512 tokens"),
     ],
 )
 def test_what_is_refused_before_a_model_is_loaded(

@@ -13,6 +13,7 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
+from dsq.convert.atomic import DiskError
 from dsq.convert.checkpoint import open_checkpoint
 from dsq.convert.hf import quantized_dir
 from dsq.convert.hf.quantized_dir import (
@@ -231,3 +232,23 @@ def test_the_variants_end_of_turn_is_in_the_generation_config(tmp_path: Path) ->
     files = model_files(checkpoint, BF16, {})
     assert files["generation_config.json"]["eos_token_id"] == eot
     assert files["config.json"]["eos_token_id"] == eot
+
+
+def test_an_output_that_came_meanwhile_is_a_fault_of_the_disk(tmp_path: Path) -> None:
+    """So the finished layers are kept: see WorkDir."""
+    work, out = tmp_path / "work", tmp_path / "out"
+    for folder in (work, out):
+        folder.mkdir()
+    (out / "theirs.txt").touch()
+    with pytest.raises(DiskError, match="theirs.txt"):
+        write(work, out, 1 << 30, force=True)
+
+
+def test_an_old_output_left_by_a_kill_is_no_hindrance(tmp_path: Path) -> None:
+    work, out = tmp_path / "work", tmp_path / "out"
+    for folder in (work, out, work / quantized_dir._OLD):
+        folder.mkdir()
+    (work / quantized_dir._OLD / "config.json").touch()
+    (out / "config.json").touch()
+    write(work, out, 1 << 30, force=True)
+    assert (out / "model.safetensors").exists()

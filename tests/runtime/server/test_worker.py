@@ -21,11 +21,13 @@ from dsq.errors import InputError
 from dsq.runtime.generate import generate
 from dsq.runtime.llamacpp import LlamaCppEngine
 from dsq.runtime.sampling import GREEDY
+from dsq.runtime.server import client
 from dsq.runtime.server.backend import (
     Backend,
     Busy,
     GenerateRequest,
     PromptTooLong,
+    Sampling,
     Step,
     Usage,
     WorkerDied,
@@ -234,6 +236,53 @@ def test_many_clients_with_random_cancels(
 
     # Room for some only, and a cache that is too small for all: requests are put back, too.
     _with_backend(replace(settings, kv_size=256), test, max_queued=40)
+
+
+def test_threads_that_share_cores_do_not_spin(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client, "free_cores", lambda: 2)
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    assert client._environment(None) is None
+    assert client._environment(2) is None
+    made = client._environment(3)
+    assert made is not None
+    assert made == {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    assert client._environment(3) is None, "who sets it knows why"
+
+
+@pytest.mark.slow
+def test_memory_stays_flat_over_two_thousand_requests(settings: LlamaSettings) -> None:
+    """Short and long, plain and constrained, whole and cut."""
+    rng = random.Random(0)
+
+    async def one(backend: LlamaBackend) -> None:
+        prompt = tuple(rng.randrange(10, 290) for _ in range(rng.randrange(1, 100)))
+        request = GenerateRequest(
+            prompt,
+            rng.randrange(1, 12),
+            sampling=Sampling(temperature=rng.choice((0.0, 1.0)), seed=1),
+            n_logprobs=rng.choice((0, 0, 3)),
+            grammar=rng.choice((None, None, 'root ::= "a"+')),
+        )
+        async with aclosing(backend.generate(request)) as stream:
+            async for _ in stream:
+                if rng.random() < 0.03:
+                    break
+
+    async def many(backend: LlamaBackend, n: int) -> int:
+        for _ in range(n // 20):
+            await asyncio.gather(*(one(backend) for _ in range(20)))
+        await asyncio.sleep(1.1)  # the worker looks once a second
+        await _ask(backend, [40], 3)
+        return (await backend.stats()).memory_bytes
+
+    async def test(backend: LlamaBackend) -> None:
+        before = await many(backend, 200)  # pools have their size then
+        after = await many(backend, 2000)
+        print(f"{before / 2**20:.1f} MiB, then {after / 2**20:.1f} MiB")
+        assert after == pytest.approx(before, rel=0.02)
+
+    _with_backend(settings, test)
 
 
 def test_what_is_wrong_with_a_request_comes_at_the_first_step(settings: LlamaSettings) -> None:
