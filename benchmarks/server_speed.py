@@ -193,6 +193,7 @@ async def _round(
 ) -> dict[str, float]:
     """One side, once. Beginnings differ from case to case: nothing may be cached by accident."""
     found: dict[str, float] = {}
+    await complete(port, "The first request of a server is slow on either side.", 4)
     for clients in CLIENTS:
         prompts = [f"{round_}.{clients}. A story about {t}:" for t in _TOPICS[:clients]]
         before, steps = processor_seconds(pid), step_seconds(port)

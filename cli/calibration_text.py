@@ -53,7 +53,7 @@ def windows(args: argparse.Namespace, checkpoint: HfCheckpoint | GgufCheckpoint)
 
         stats = read_stats(args.stats)
         stats.check_model(model_identity(checkpoint))
-        return Windows(stats.tokens, {"name": str(args.stats)})
+        return Windows(stats.tokens, {"name": args.stats.name})
     if not (args.text or args.repo or args.mix):
         raise InputError(
             f"--to {args.to} is calibrated on text: give --text FILE…, --repo DIR… or --mix code, "

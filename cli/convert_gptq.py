@@ -51,7 +51,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "match; may be repeated, the first wins",
     )
     group.add_argument(
-        "--allow-ragged", action="store_true", help="the last group of a row may be short"
+        "--allow-ragged",
+        action="store_true",
+        help="the last group of a row may be short: GPTQModel reads it, transformers on the CPU "
+        "does not",
     )
 
 

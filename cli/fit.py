@@ -136,7 +136,7 @@ def _limits(args: argparse.Namespace) -> Limits:
 def _plan(name: str, args: argparse.Namespace, limits: Limits) -> _Plan:
     from pathlib import Path
 
-    from dsq.convert.model_shapes import header_bytes, known_shape, plan_tensors
+    from dsq.convert.model_shapes import SHAPES, header_bytes, known_shape, plan_tensors
     from dsq.runtime.fit import plan_presets, recommend
 
     known = None if Path(name).exists() else known_shape(name)
@@ -154,6 +154,11 @@ def _plan(name: str, args: argparse.Namespace, limits: Limits) -> _Plan:
         return _Plan(title, n_ctx, rows, *recommend(rows, limits))
     from dsq.convert.inspect import open_model
 
+    if "/" not in name and not name.endswith(".gguf") and not Path(name).exists():
+        raise InputError(
+            f"{name}: neither a file or folder here nor one of the sizes that dsq knows "
+            f"({', '.join(SHAPES)})"
+        )
     checkpoint = open_model(common.local_model(name, args))
     n_ctx = args.ctx or min(checkpoint.spec.n_ctx, _DEFAULT_CTX)
     rows = _rows_of(checkpoint, args, limits, n_ctx)

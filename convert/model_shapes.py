@@ -53,6 +53,7 @@ def known_shape(name: str) -> tuple[str, ModelSpec] | None:
     """
     key = name.lower().removeprefix("deepseek-ai/").removesuffix("-base").removesuffix("-instruct")
     key = key if key.startswith(FAMILY) else f"{FAMILY}-{key}"
+    key = key.replace("-5.7b", "-5.7bmqa") if key.endswith("-5.7b") else key
     return (key, SHAPES[key]) if key in SHAPES else None
 
 

@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dsq.convert.exl2.reader import OPTIONAL, Exl2Linears
-from dsq.convert.gptq.config import FILE, GptqConfig, read_gptq_config
+from dsq.convert.gptq.config import FILE, GptqConfig, named, read_gptq_config
 from dsq.convert.gptq.reader import GptqLinears
-from dsq.convert.json_file import shown
+from dsq.convert.json_file import brief, read_object, shown
 from dsq.convert.names import expected_tensors
 from dsq.convert.packed import PackedLinears, drop_empty_biases, split_parts
 from dsq.convert.spec import ModelSpec
 from dsq.convert.tensors import TensorInfo
 from dsq.convert.weight_files import Weights, open_packed_weights
-from dsq.errors import InputError
+from dsq.errors import InputError, UnsupportedError
 from dsq.quant import exl2_layout, gptq_layout
 from dsq.quant.scheme import FLOAT_TYPES
 
@@ -24,14 +24,24 @@ Method = Literal["gptq", "exl2"]
 
 
 def packed_method(path: Path, config: Mapping[str, Any]) -> Method | None:
-    """What the directory says it is; None for a dense one, or one quantized in another way."""
-    said = config.get("quantization_config")
-    method = said.get("quant_method") if isinstance(said, Mapping) else None
+    """What the directory says it is; None for a dense one, or one quantized in another way.
+
+    Raises UnsupportedError where only quantize_config.json says so, and names another way.
+    """
+    inline = config.get("quantization_config")
+    if inline and not isinstance(inline, Mapping):
+        return None
+    method = named(inline or {}).get("quant_method")
+    if method is None and (path / FILE).is_file():
+        method = named(read_object(path / FILE)).get("quant_method", "gptq")  # AutoGPTQ's old way
+        if method != "gptq":
+            raise UnsupportedError(
+                f"{path / FILE}: quantized by {brief(method)}, which is not supported; give a GPTQ "
+                "or EXL2 directory, or the unquantized checkpoint"
+            )
     if method == "exl2":
         return "exl2"
-    if method == "gptq" or (not said and (path / FILE).is_file()):  # AutoGPTQ's old way
-        return "gptq"
-    return None
+    return "gptq" if method == "gptq" else None
 
 
 def has_packed_weights(path: Path) -> bool:

@@ -145,14 +145,16 @@ def check_part(info: TensorInfo, types: Sequence[GgmlType], n_dims: int) -> None
         )
 
 
-def check_scales(what: str, scales: npt.NDArray[np.floating[Any]]) -> None:
-    """Raise InputError for scales that make no weight: NaN, Inf or 0."""
+def check_scales(
+    what: str, scales: npt.NDArray[np.floating[Any]], *, may_be_zero: bool = False
+) -> None:
+    """Raise InputError for scales that make no weight: NaN, Inf or, unless it `may_be_zero`, 0."""
     wide = scales.astype(np.float32)
     bad = int(np.count_nonzero(~np.isfinite(wide)))
     if bad:
         raise InputError(f"{bad} of {scales.size} {what} are NaN or Inf; the file is damaged")
     zero = scales.size - int(np.count_nonzero(wide))
-    if zero:
+    if zero and not may_be_zero:
         raise InputError(f"{zero} of {scales.size} {what} are 0; the file is damaged")
 
 

@@ -121,12 +121,14 @@ def _choice(packed: PackedLinears, name: str, to: GgmlType | None) -> Choice:
     kind, n_in = packed.kind(name), packed.tensors[name].shape[-1]
     why, rich = "its groups are of several widths and permuted", F16
     if isinstance(packed, GptqLinears):
-        zeros = packed.zeros(name)
+        zeros, g_idx = packed.zeros(name), packed.g_idx(name)
         found = block_type(zeros, packed.bits(name))
         if n_in % RUN:
             why = f"rows of {n_in} are no blocks of {RUN}"
-        elif run_groups(packed.g_idx(name)) is None:
+        elif run_groups(g_idx) is None:
             why = "act-order scatters its groups over the inputs"
+            if (g_idx[1:] >= g_idx[:-1]).all():
+                why = f"its groups are no whole blocks of {RUN} inputs"
             rich = Q8_0 if packed.bits(name) < 8 else F16
         elif found is None:
             why = "its zero points are not in the middle, and no type of 8 bits has them"

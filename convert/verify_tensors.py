@@ -96,6 +96,16 @@ def allowed(name: str, stored: GgmlType, source: GgmlType, method: str) -> Allow
     return Allowed(bound)
 
 
+# The block type whose rounding costs about what a GPTQ or EXL2 matrix of so many bits may.
+_LIKE_BITS = {3: "q3_k", 4: "q4_0", 5: "q5_0", 6: "q6_k", 7: "q6_k", 8: "q6_k"}
+
+
+def allowed_packed(bits: float) -> Allowed:
+    """For a matrix of `bits` a weight, scales included, made by error feedback."""
+    like = ERROR_BOUND.get(_LIKE_BITS.get(int(bits), ""), WORST_BOUND)
+    return Allowed(min(COMPENSATED_TIMES * like, WORST_BOUND), each_row=False)
+
+
 @dataclass(frozen=True)
 class StoredTensor:
     """A tensor's rows in Hugging Face's order, dequantized when asked for.
@@ -115,6 +125,17 @@ class StoredTensor:
     @property
     def n_rows(self) -> int:
         return self.info.n_elements // self.n_per_row
+
+    @property
+    def packed(self) -> tuple[str, float] | None:
+        """What a GPTQ or EXL2 matrix is, "gptq 4-bit", and its bits a weight."""
+        model = self.checkpoint
+        if not isinstance(model, HfCheckpoint) or model.packed is None:
+            return None
+        if self.info.name not in model.packed.tensors:
+            return None
+        kind, n_bytes = model.stored_as(self.info.name)
+        return kind, 8 * n_bytes / self.info.n_elements
 
     @cached_property
     def order(self) -> Rows:
@@ -249,7 +270,12 @@ def compare_tensors(
             if ours is None or ours.info.shape != theirs.info.shape:
                 continue
             errors = row_errors(ours, theirs, pool)
-            limits = allowed(ours.info.name, ours.info.type, theirs.info.type, method)
+            packed = ours.packed if theirs.packed is None else None
+            limits = (
+                allowed(ours.info.name, ours.info.type, theirs.info.type, method)
+                if packed is None
+                else allowed_packed(packed[1])
+            )
             bound = limits.bound
             bad = (
                 errors.bad_rows(bound)
@@ -260,7 +286,7 @@ def compare_tensors(
             reports.append(
                 TensorReport(
                     name=ours.info.name,
-                    type=ours.info.type.name,
+                    type=ours.info.type.name if packed is None else packed[0],
                     source_type=theirs.info.type.name,
                     shape=ours.info.shape,
                     error=errors.relative,

@@ -83,7 +83,7 @@ def _ours(
     shapes: Mapping[str, tuple[int, int]],
     biased: Collection[str],
 ) -> Measurement:
-    if content[_KEY] != VERSION:
+    if type(content[_KEY]) is not int or content[_KEY] != VERSION:  # True == 1
         raise InputError(
             f"{path}: a measurement of version {str(content[_KEY])[:20]}, this dsq reads "
             f"{VERSION}; {_AGAIN}"
@@ -116,7 +116,7 @@ def _option(path: Path, name: str, entry: Any, shape: tuple[int, int], bias: boo
         (scheme,) = option.schemes.values()
         if list(option.schemes) != [name] or not 0 <= option.error < float("inf"):
             raise ValueError("another matrix's, or an error that is none")
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise InputError(f"{path}: {name}: {str(error)[:60]}: damaged; {_AGAIN}") from error
     scheme.check(f"{path}: {name}", shape[1])
     return replace(option, total_bits=scheme.total_bits(shape[0], bias=bias))

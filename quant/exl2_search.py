@@ -78,15 +78,28 @@ def candidates(
     sample = weight[rows][:, order.perm].T.contiguous()
     share = weights[rows] * (n_out / len(rows))
     found: list[Option] = []
-    for group in GROUPS:
-        if group > GROUPS[0] and group >= 2 * n_in:
-            continue
+    for group in _groups(n_in):
         table = _table(sample, order.under.cost, share, group)
         for bits in best_widths(table, _sizes(n_in, group)):
             scheme = _scheme(n_in, group, bits)
             error = sum(float(table[g, _WIDTHS.index(b)]) for g, b in enumerate(bits))
             found.append(Option({name: scheme}, scheme.total_bits(n_out, bias=bias), error))
     return _thinned(_frontier(found))
+
+
+def extremes(n_in: int, n_out: int, *, bias: bool) -> tuple[int, int]:
+    """`total_bits` of the smallest candidate of a matrix of that shape, and of the largest that
+    there can be: one that loses no less than a smaller one is no candidate."""
+    found = [
+        _scheme(n_in, group, [bits] * len(_sizes(n_in, group))).total_bits(n_out, bias=bias)
+        for group in _groups(n_in)
+        for bits in (_WIDTHS[0], _WIDTHS[-1])
+    ]
+    return min(found), max(found)
+
+
+def _groups(n_in: int) -> list[int]:
+    return [group for group in GROUPS if group == GROUPS[0] or group < 2 * n_in]
 
 
 def _sizes(n_in: int, group: int) -> npt.NDArray[np.int64]:
@@ -195,15 +208,8 @@ def allocate(options: Mapping[str, Sequence[Option]], n_weights: int, bpw: float
     `options`: what each matrix, or set of matrices, can be. Raises InputError for a target that
     they cannot meet.
     """
-    least = sum(min(o.total_bits for o in found) for found in options.values())
-    most = sum(max(o.total_bits for o in found) for found in options.values())
-    budget = int(bpw * n_weights)
-    floor = budget - int(TOLERANCE * n_weights)
-    if budget < least or floor > most:
-        raise InputError(
-            f"--bpw {bpw:g}: this model's layers take {least / n_weights:.3f} to "
-            f"{most / n_weights:.3f} bits a weight; give a number between"
-        )
+    totals = [[o.total_bits for o in found] for found in options.values()]
+    floor, budget = check_target([(min(t), max(t)) for t in totals], n_weights, bpw)
     chosen = _solve([*options.values()], floor, budget)
     return Allocation(
         {name: scheme for option in chosen for name, scheme in option.schemes.items()},
@@ -211,6 +217,22 @@ def allocate(options: Mapping[str, Sequence[Option]], n_weights: int, bpw: float
         n_weights,
         sum(o.error for o in chosen),
     )
+
+
+def check_target(sizes: Sequence[tuple[int, int]], n_weights: int, bpw: float) -> tuple[int, int]:
+    """The fewest and the most bits that meet a target, for matrices that take from … to `sizes`.
+
+    Raises InputError where they cannot.
+    """
+    least, most = sum(low for low, _ in sizes), sum(high for _, high in sizes)
+    budget = int(bpw * n_weights)
+    floor = budget - int(TOLERANCE * n_weights)
+    if budget < least or floor > most:
+        raise InputError(
+            f"--bpw {bpw:g}: this model's layers take {least / n_weights:.3f} to "
+            f"{most / n_weights:.3f} bits a weight; give a number between"
+        )
+    return floor, budget
 
 
 def _solve(table: Sequence[Sequence[Option]], floor: int, budget: int) -> list[Option]:

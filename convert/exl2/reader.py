@@ -43,7 +43,8 @@ class Exl2Linears(PackedLinears):
     def codes(self, name: str) -> Exl2Tensor:
         parts = self.read_parts(name, PARTS)
         try:
-            check_scales("q_scale_max", parts["q_scale_max"])
+            # exllamav2 writes 0 for groups whose weights are all 0.
+            check_scales("q_scale_max", parts["q_scale_max"], may_be_zero=True)
             return unpack(parts, self.tensors[name].shape[0])
         except InputError as error:
             raise self.damaged(name, error) from None

@@ -71,7 +71,7 @@ def read_gptq_config(path: Path, config: Mapping[str, Any]) -> GptqConfig:
     if not isinstance(inline, Mapping):
         inline = None
     said = {_INLINE: inline, FILE: beside}
-    files = {name: _named(content) for name, content in said.items() if content is not None}
+    files = {name: named(content) for name, content in said.items() if content is not None}
     if not files:
         raise InputError(f"{path}: neither {_INLINE} nor {FILE} says how it is quantized")
     if len(files) == 2:
@@ -108,7 +108,7 @@ def read_gptq_config(path: Path, config: Mapping[str, Any]) -> GptqConfig:
     )
 
 
-def _named(content: Mapping[str, Any]) -> dict[str, Any]:
+def named(content: Mapping[str, Any]) -> dict[str, Any]:
     """The settings under one set of names; null says nothing."""
     kept = {key: value for key, value in content.items() if value is not None}
     for old, new in (("format", "checkpoint_format"), ("method", "quant_method")):

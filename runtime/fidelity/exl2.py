@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
+from importlib.metadata import version
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,7 +29,6 @@ from dsq.convert.hf.quantized_dir import (
     dense_data,
     model_files,
 )
-from dsq.convert.identity import model_identity
 from dsq.convert.names import expected_tensors
 from dsq.convert.pipeline import source_files
 from dsq.errors import InputError
@@ -43,9 +43,11 @@ from dsq.runtime.calibration.borders import Border
 from dsq.runtime.calibration.moments import Moments
 from dsq.runtime.calibration.workdir import WorkDir, settings_hash
 from dsq.runtime.decoder import STAGES, Decoder, chosen_device, read_layer, read_tensor
-from dsq.runtime.fidelity.exl2_measure import Setup, measure, n_steps
+from dsq.runtime.fidelity.exl2_measure import Setup, measure
 from dsq.runtime.fidelity.exl2_plan import HEAD, LINEARS, Options, Plan
+from dsq.runtime.fidelity.source_check import check_weights, source_identity
 from dsq.runtime.fidelity.two_ways import BATCH_TOKENS, Seen, TwoWays
+from dsq.runtime.reference_cache import file_identity
 from dsq.runtime.torch_engine import require_torch
 
 if TYPE_CHECKING:
@@ -126,9 +128,11 @@ def convert(
     if plan.head is not None:  # the embedding stays f16: they are no longer one matrix
         files["config.json"]["tie_word_embeddings"] = False
     read = plan.measurement.to_json() if plan.measurement else None
-    given = str(stats.path.resolve()) if stats else None
     settings = settings_hash(
-        model_identity(checkpoint), options, files, read, given, ids, device, threads
+        source_identity(checkpoint),
+        file_identity([stats.path]) if stats else None,
+        [version(name) for name in ("dsq", "torch")],
+        *(options, files, read, ids, device, threads),
     )
     start = time.perf_counter()
     tell = _Steps(checkpoint.spec.n_layer * (1 if plan.measurement else 2) + 1, progress)
@@ -137,16 +141,18 @@ def convert(
             resumed = work.done
             if not resumed:
                 check_space(out, _disk_bytes(plan, ids.size))
-            measurement, before = plan.measurement, 1  # the allocation
+                check_weights(checkpoint, plan.dense, F16)
+            measurement = plan.measurement
             if measurement is None:
                 setup = Setup(checkpoint, ids, stats, options.damp, device, threads)
-                measurement, before = measure(setup, work, calibration, tell), 1 + n_steps(setup)
+                measurement = measure(setup, work, calibration, tell)
             measured = time.perf_counter()
-            chosen = work.once("allocation", partial(_allocated, plan, measurement))
+            chosen = work.once("allocation", partial(_allocated, plan, measurement, work))
             schemes = {name: Scheme.from_json(runs) for name, runs in chosen["schemes"].items()}
             tensors = plan.tensors(schemes)
             with DirectoryWriter(work.path, out, tensors) as writer:
-                reports = _Run(plan, schemes, tensors, ids, device, work, writer, before).go(tell)
+                run = _Run(plan, schemes, tensors, ids, device, work, writer)
+                reports = run.go(tell, before=chosen["steps"])
                 ready = writer.complete({**files, MEASUREMENT: measurement.to_json()}, force=force)
             work.finish(ready, out)
     except OSError as error:
@@ -186,10 +192,12 @@ def _disk_bytes(plan: Plan, n_tokens: int) -> int:
     return plan.size_bytes + TwoWays.disk_bytes(spec, n_tokens) + measured
 
 
-def _allocated(plan: Plan, measurement: Measurement) -> dict[str, Any]:
+def _allocated(plan: Plan, measurement: Measurement, work: WorkDir) -> dict[str, Any]:
+    """The choice; `steps`: how many are done with it, and come before the layers."""
     found = allocate(measurement.options, plan.n_weights, plan.options.bpw)
     schemes = {name: scheme.to_json() for name, scheme in found.schemes.items()}
-    return {"schemes": schemes, "bpw": found.bpw, "error": found.error}
+    steps = work.done + 1
+    return {"schemes": schemes, "bpw": found.bpw, "error": found.error, "steps": steps}
 
 
 @contextmanager
@@ -227,17 +235,16 @@ class _Run:
         device: str,
         work: WorkDir,
         writer: DirectoryWriter,
-        before: int,
     ) -> None:
         self.plan, self.schemes, self.ids = plan, schemes, ids
-        self.before = before  # steps of the work folder that came before the layers
         self.device, self.work, self.writer = device, work, writer
         self.checkpoint, self.spec = plan.checkpoint, plan.checkpoint.spec
         self.dense = [t.name for t in tensors if t.name.endswith((".weight", ".bias"))]
 
-    def go(self, tell: Callable[[], None]) -> list[dict[str, Any]]:
+    def go(self, tell: Callable[[], None], *, before: int) -> list[dict[str, Any]]:
+        """`before`: steps of the work folder that came before the layers."""
         n_layer = self.spec.n_layer
-        done = min(self.work.done - self.before, n_layer)
+        done = min(self.work.done - before, n_layer)
         reports = []
         with TwoWays(self.spec, self.ids, self.work.path, self.device, layer=done) as ways:
             for layer in range(n_layer):
@@ -253,8 +260,6 @@ class _Run:
             embedding = read_tensor(self.checkpoint, _EMBEDDING)
             ways.embed(embedding, embedding.half().float())
         weights = read_layer(self.checkpoint, layer, self.device)
-        for name, values in weights.items():
-            _check_finite(prefix + name, values)
         ways.enter(weights)
         for name, values in weights.items():
             if name.removesuffix(".weight") not in LINEARS:
@@ -295,7 +300,6 @@ class _Run:
         if self.plan.head is not None:
             source = _EMBEDDING if self.spec.tied else f"{HEAD}.weight"
             weight = read_tensor(self.checkpoint, source, self.device)
-            _check_finite(source, weight)
             seen = self.head_input()
             order = ordered(seen.hessian, HEAD, self.plan.options.damp)
             reports = [self.put(HEAD, weight, order, self.plan.head, seen)[1]]
@@ -331,10 +335,3 @@ class _Run:
     def put_dense(self, names: Sequence[str]) -> None:
         for name in names:
             self.writer.put(name, dense_data(self.checkpoint, name, F16))
-
-
-def _check_finite(name: str, values: Tensor) -> None:
-    if not bool(values.isfinite().all()):
-        raise InputError(
-            f"{name}: weights are NaN or Inf; the checkpoint is damaged, and cannot be calibrated"
-        )

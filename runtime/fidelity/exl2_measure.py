@@ -52,15 +52,6 @@ class Setup:
     n_threads: int
 
 
-def n_steps(setup: Setup) -> int:
-    """How many steps of its folder a measurement is."""
-    return setup.checkpoint.spec.n_layer + (0 if _has_gradients(setup.stats) else 1)
-
-
-def _has_gradients(stats: Stats | None) -> bool:
-    return stats is not None and bool(stats.gradients)
-
-
 def measure(
     setup: Setup, work: WorkDir, calibration: Mapping[str, Any], tell: Callable[[], None]
 ) -> Measurement:

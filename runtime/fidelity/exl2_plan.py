@@ -16,7 +16,7 @@ from dsq.errors import InputError
 from dsq.quant.exl2 import ROWS, Scheme, padded, scheme_of_shares
 from dsq.quant.exl2_layout import EXL2_BITS
 from dsq.quant.exl2_measurement import Measurement, read_measurement
-from dsq.quant.exl2_search import allocate
+from dsq.quant.exl2_search import allocate, check_target, extremes
 from dsq.quant.scheme import F16
 from dsq.quant.solver import DAMP
 from dsq.runtime.decoder import STAGES
@@ -61,6 +61,13 @@ class Plan:
         return sum(padded(n_out) * n_in for n_out, n_in in self.shapes.values())
 
     @property
+    def dense(self) -> set[str]:
+        """The tensors that are stored as f16."""
+        names = expected_tensors(self.checkpoint.spec)
+        quantized = {*self.shapes, *([HEAD] if self.head is not None else [])}
+        return {name for name in names if name.removesuffix(".weight") not in quantized}
+
+    @property
     def head_shape(self) -> tuple[int, int]:
         return self.checkpoint.spec.n_vocab, self.checkpoint.spec.n_embd
 
@@ -93,8 +100,8 @@ class Plan:
 def plan_exl2(checkpoint: Checkpoint, options: Options, measurement: Path | None = None) -> Plan:
     """Check the model against the format, and read the measurement if one is named.
 
-    Raises InputError for shapes that EXL2 cannot hold, a quantized source, bits that are none, and
-    a measurement of another model.
+    Raises InputError for shapes that EXL2 cannot hold, a quantized source, bits that are none or
+    out of reach, and a measurement of another model.
     """
     dense_type(checkpoint)  # refuses a quantized source
     if options.head_bits not in HEAD_BITS:
@@ -130,6 +137,11 @@ def plan_exl2(checkpoint: Checkpoint, options: Options, measurement: Path | None
     plan = Plan(checkpoint, options, shapes, biased, head, found)
     if found is not None:
         allocate(found.options, plan.n_weights, options.bpw)  # refuses a target out of reach
+    else:
+        sizes = [
+            extremes(n_in, n_out, bias=name in biased) for name, (n_out, n_in) in shapes.items()
+        ]
+        check_target(sizes, plan.n_weights, options.bpw)
     return plan
 
 

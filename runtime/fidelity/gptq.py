@@ -30,7 +30,6 @@ from dsq.convert.hf.quantized_dir import (
     dense_type,
     model_files,
 )
-from dsq.convert.identity import model_identity
 from dsq.convert.names import expected_tensors
 from dsq.convert.pipeline import source_files
 from dsq.errors import InputError
@@ -41,6 +40,7 @@ from dsq.quant.solver import DAMP
 from dsq.quant.threads import default_threads
 from dsq.runtime.calibration.workdir import WorkDir, settings_hash
 from dsq.runtime.decoder import STAGES, chosen_device, read_layer, read_tensor
+from dsq.runtime.fidelity.source_check import check_weights, source_identity
 from dsq.runtime.fidelity.two_ways import Seen, TwoWays
 from dsq.runtime.torch_engine import require_torch
 
@@ -215,13 +215,16 @@ def convert(
     files["quantize_config.json"] = quantization_config(plan)
     start = time.perf_counter()
     settings = settings_hash(
-        model_identity(checkpoint), options, plan.tensors, files, ids, device, threads
+        source_identity(checkpoint),
+        [version(name) for name in ("dsq", "torch")],
+        *(options, plan.tensors, files, ids, device, threads),
     )
     try:
         with WorkDir(out, settings) as work:
             resumed = min(work.done, checkpoint.spec.n_layer)
             if not resumed:
                 check_space(out, plan.size_bytes + TwoWays.disk_bytes(checkpoint.spec, ids.size))
+                check_weights(checkpoint, {t.name for t in plan.tensors}, plan.dense)
             with DirectoryWriter(work.path, out, plan.tensors) as writer:
                 reports = _Run(plan, ids, device, threads, work, writer).go(progress)
                 ready = writer.complete(files, force=force)
@@ -321,12 +324,6 @@ class _Run:
             embedding = read_tensor(self.checkpoint, _EMBEDDING)
             ways.embed(embedding, _as_stored(embedding, self.plan.dense))
         weights = read_layer(self.checkpoint, layer, self.device)
-        for name, values in weights.items():
-            if not bool(values.isfinite().all()):
-                raise InputError(
-                    f"{prefix}{name}: weights are NaN or Inf; the checkpoint is damaged, and "
-                    f"cannot be calibrated"
-                )
         ways.enter(weights)
         for name, values in weights.items():
             if name.removesuffix(".weight") not in _LINEARS:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import logging
 import os
 import signal
 import sys
@@ -38,6 +39,8 @@ from dsq.runtime.server.llama_batch import LlamaSettings
 _RATE_SECONDS = 10.0
 _PATIENCE_S = 5.0  # for a worker to end by itself
 _LONGEST_PAUSE = 30.0  # between attempts to restart a worker that cannot start
+
+log = logging.getLogger("dsq.server")
 _COUNTERS = (
     "prompt_tokens",
     "cached_tokens",
@@ -256,6 +259,7 @@ class LlamaBackend:
             for name in _COUNTERS:
                 self._before[name] += self._last.get("counters", {}).get(name, 0)
             self._last = {}
+            log.warning("%s: %s; it is being restarted", self._settings.path, reason)
             self._fail_calls(f"{reason}; it is being restarted: send the request again")
             # At once after a good run; ever more slowly if it dies right away.
             soon = time.monotonic() - began < 5

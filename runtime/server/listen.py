@@ -69,9 +69,19 @@ class _Server(uvicorn.Server):
                 loop.remove_signal_handler(number)
 
     def _stop(self, number: int) -> None:
-        if not self.should_exit:
-            log.info("%s: finishing what runs, then leaving", signal.Signals(number).name)
-        self.handle_exit(number, None)
+        name = signal.Signals(number).name
+        if self.should_exit:
+            log.info("%s again: leaving now", name)
+            self.force_exit = True
+            return
+        log.info(
+            "%s: finishing what runs, at most %d s; a second signal ends it at once",
+            name,
+            self.config.timeout_graceful_shutdown or 0,
+        )
+        # What is cut off then would be told with a traceback for each request.
+        logging.getLogger("uvicorn").setLevel(logging.CRITICAL)
+        self.should_exit = True
 
 
 def listen(host: str, port: int) -> socket.socket:

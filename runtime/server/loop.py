@@ -60,6 +60,9 @@ class Loop:
     def __init__(self, settings: LlamaSettings) -> None:
         self._settings = settings
         self._llama = LlamaBatch(settings)
+        # Else the first request waits for the file's pages and the graph's buffers.
+        self._llama.decode([0], [0], [0], [1])
+        self._llama.clear()
         self._scheduler = Scheduler(
             n_parallel=settings.n_parallel,
             n_slots=settings.n_parallel + settings.n_prefixes,

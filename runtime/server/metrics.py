@@ -51,8 +51,9 @@ class Record:
         if self.first_token is not None:
             parts.append(f"first={(self.first_token - self.began) * 1e3:.0f}ms")
         if self.n_generated and self.predict_ms:
-            rate = self.n_generated / self.predict_ms * 1e3
-            parts.append(f"generated={self.n_generated} rate={rate:.1f}/s")
+            parts.append(f"generated={self.n_generated}")
+            if self.n_generated > 1:  # one token takes no time after the prompt
+                parts.append(f"rate={self.n_generated / self.predict_ms * 1e3:.1f}/s")
         if self.finish:
             parts.append(f"finish={self.finish}")
         if self.prompt is not None:

@@ -101,7 +101,7 @@ def speed(usages: Sequence[Usage]) -> dict[str, Any]:
     return {
         "prompt_ms": round(sum(u.prompt_ms for u in usages), 3),
         "predict_ms": round(ms, 3),
-        "tokens_per_second": round(n / ms * 1e3, 2) if ms else 0.0,
+        "tokens_per_second": round(n / ms * 1e3, 2) if ms and n > len(usages) else 0.0,
         "drafted_tokens": sum(u.n_drafted for u in usages),
         "accepted_tokens": sum(u.n_accepted for u in usages),
     }

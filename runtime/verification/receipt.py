@@ -111,7 +111,7 @@ def side_files(checkpoint: HfCheckpoint | GgufCheckpoint) -> list[Path]:
     """Weights, and for a directory its configuration and tokenizer; no receipts."""
     if isinstance(checkpoint, GgufCheckpoint):
         return list(checkpoint.gguf.shards)
-    weights = {tensor.path for tensor in checkpoint.tensors.values()}
+    weights = checkpoint.files
     beside = {
         path
         for pattern in _SIDE_FILES

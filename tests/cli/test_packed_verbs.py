@@ -139,6 +139,17 @@ def test_eval_judges_the_exact_codes_of_a_directory_dsq_made(files, tmp_path, ca
     assert packed["size_bytes"] == sum(f.stat().st_size for f in made.glob("*.safetensors"))
 
 
+def test_verify_takes_a_gptq_directory_for_its_source_and_no_other(files, tmp_path, capsys):
+    made, other = tmp_path / "made", tmp_path / "other"
+    command = ["convert", files / "source", "--to", "gptq", "--group-size", "64", "--text", HELDOUT]
+    run_json(capsys, *command, "--tokens", "512", "--ctx", "64", "-t", "1", "-o", made)
+    receipt, _ = run_json(capsys, "verify", made, "--source", files / "source")
+    assert receipt["ok"]
+    write_hf(other, CONFIG, dtype="F32", seed=1)
+    assert main(["verify", str(made), "--source", str(other)]) == 1
+    assert "tensors" in capsys.readouterr().out
+
+
 def stored_bpw(folder: Path) -> float:
     """By safetensors' own reader: every stored bit, over the weights that the config asks for."""
     n_bytes = 0

@@ -79,6 +79,16 @@ def test_exl2_reads_as_a_dense_checkpoint(tmp_path, heads):
     check_weights(tmp_path / "m", meant)
 
 
+def test_exl2_groups_whose_weights_are_all_0(tmp_path):
+    meant = write_exl2(tmp_path / "m")
+    tensors = load_file(tmp_path / "m/model.safetensors")
+    tensors[f"{UP}.q_scale_max"][0] = 0  # as exllamav2 writes it for such a group
+    save_file(tensors, tmp_path / "m/model.safetensors")
+    weight = meant[f"{UP}.weight"]
+    weight[:, tensors[f"{UP}.q_invperm"] < 32] = 0  # the first group has 32 rows
+    check_weights(tmp_path / "m", meant)
+
+
 def test_a_packed_head_ends_the_tie(tmp_path):
     meant = write_exl2(tmp_path / "m", config=llama_config())
     config = json.loads((tmp_path / "m/config.json").read_text())
@@ -279,6 +289,26 @@ def test_configs_that_disagree(tmp_path, beside, said):
     (tmp_path / "m/quantize_config.json").write_text(json.dumps(settings))
     with pytest.raises(InputError, match=re.escape(said)):
         open_checkpoint(tmp_path / "m")
+
+
+@pytest.mark.parametrize("key", ["quant_method", "method"])
+def test_another_method_in_the_file_beside_is_named(tmp_path, key):
+    write_gptq(tmp_path / "m")
+    config = json.loads((tmp_path / "m/config.json").read_text())
+    beside = {**config.pop("quantization_config"), "quant_method": None, key: "awq"}
+    (tmp_path / "m/config.json").write_text(json.dumps(config))
+    (tmp_path / "m/quantize_config.json").write_text(json.dumps(beside))
+    with pytest.raises(UnsupportedError, match=r"quantize_config\.json: quantized by 'awq'"):
+        open_checkpoint(tmp_path / "m")
+
+
+def test_gptqmodels_newer_key_of_the_method(tmp_path):
+    meant = write_gptq(tmp_path / "m")
+    config = json.loads((tmp_path / "m/config.json").read_text())
+    said = config["quantization_config"]
+    said["method"] = said.pop("quant_method")
+    (tmp_path / "m/config.json").write_text(json.dumps(config))
+    check_weights(tmp_path / "m", meant)
 
 
 @pytest.mark.parametrize(

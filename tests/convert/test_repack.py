@@ -118,6 +118,12 @@ def test_scattered_groups_are_rounded_and_measured(tmp_path):
         np.testing.assert_array_equal(rows(gguf, name), weight)
 
 
+def test_groups_in_order_that_are_no_whole_blocks_are_called_so(tmp_path):
+    write_gptq(tmp_path / "m", group_size=16)
+    with pytest.raises(InputError, match="its groups are no whole blocks of 32 inputs"):
+        repacked(tmp_path / "m", exact=True)
+
+
 def repacked_again(folder: Path, **options: Any) -> tuple[GgufCheckpoint, dict[str, Any]]:
     folder.with_suffix(".gguf").unlink()
     return repacked(folder, **options)

@@ -20,7 +20,7 @@ from dsq.quant.exl2 import (
 )
 from dsq.quant.exl2_layout import EXL2_BITS, pack
 from dsq.quant.exl2_measurement import Measurement, read_measurement
-from dsq.quant.exl2_search import TOLERANCE, Option, allocate, best_widths, candidates
+from dsq.quant.exl2_search import TOLERANCE, Option, allocate, best_widths, candidates, extremes
 from dsq.quant.stats import SHAPE_KEYS
 from tests.quant.exl2_reference import reconstruct
 
@@ -205,6 +205,8 @@ def test_candidates_cost_what_is_predicted() -> None:
     bpw = [option.total_bits / weight.numel() for option in found]
     assert bpw[0] < 2.4
     assert bpw[-1] > 8
+    ends = found[0].total_bits, found[-1].total_bits
+    assert ends == extremes(320, 160, bias=False)  # known before anything is measured
     for smaller, larger in itertools.pairwise(found):
         assert larger.total_bits > smaller.total_bits
         assert larger.error < smaller.error
@@ -302,6 +304,14 @@ def test_a_measurement_comes_back(tmp_path: Path) -> None:
     assert read_measurement(file, MODEL, SHAPES).options == measurement().options
 
 
+def first_option(content: dict) -> dict:
+    return content["matrices"]["model.layers.0.mlp.up_proj"][0]
+
+
+def first_run(content: dict) -> list:
+    return first_option(content)["schemes"]["model.layers.0.mlp.up_proj"][0]
+
+
 @pytest.mark.parametrize(
     ("change", "told"),
     [
@@ -311,6 +321,9 @@ def test_a_measurement_comes_back(tmp_path: Path) -> None:
         (lambda m: m["matrices"].popitem(), "down_proj is missing"),
         (lambda m: m["matrices"]["model.layers.0.mlp.up_proj"][0].pop("error"), "damaged"),
         (lambda m: m["matrices"]["model.layers.0.mlp.up_proj"][0].update(error=-1), "damaged"),
+        (lambda m: m.update(dsq_measurement=True), "version True, this dsq reads 1"),
+        (lambda m: first_option(m).update(total_bits=float("inf")), "up_proj.*damaged"),
+        (lambda m: first_run(m).__setitem__(1, float("inf")), "up_proj.*damaged"),
         (lambda m: m.pop("matrices"), "missing"),
         (lambda m: m.pop("dsq_measurement"), "no measurement of dsq or exllamav2"),
     ],

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,11 +22,12 @@ from dsq.errors import InputError
 from dsq.quant.stats import read_stats
 from dsq.runtime import decoder
 from dsq.runtime.calibration import calibrate
-from dsq.runtime.fidelity import exl2_measure
+from dsq.runtime.fidelity import exl2, exl2_measure
 from dsq.runtime.fidelity.exl2 import Report, convert
 from dsq.runtime.fidelity.exl2_plan import Options, plan_exl2
 from tests.models import TINY_CODER, llama_config, write_hf
 from tests.quant.exl2_reference import reconstruct
+from tests.runtime.changed import changed
 
 torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.torch
@@ -305,11 +308,67 @@ def test_killed_and_run_again_gives_the_same_bytes(
     assert {path.name for path in tmp_path.iterdir()} == {"out", "ids.npy"}
 
 
+def test_other_statistics_or_weights_are_not_gone_on_with(
+    small: Path, few, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though their paths are the same, and each matrix's first row is."""
+    source, out, stats = tmp_path / "model", tmp_path / "out", tmp_path / "stats"
+    shutil.copytree(small, source)
+    options = calibrate.Options(hessians=True, gradients=True, n_threads=1, device="cpu")
+    calibrate.calibrate(source, stats, few, options=options)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(exl2._Run, "layer", interrupted)
+        export(source, out, 4.5, few, stats=read_stats(stats))
+    kept, state = stats.read_bytes(), stats.stat()
+    calibrate.calibrate(source, stats, few[:1], options=options, force=True)
+    with pytest.raises(InputError, match="unfinished run with other settings"):
+        export(source, out, 4.5, few, stats=read_stats(stats))
+    stats.write_bytes(kept)
+    os.utime(stats, ns=(state.st_atime_ns, state.st_mtime_ns))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(exl2._Run, "layer", interrupted)
+        export(source, out, 4.5, few, stats=read_stats(stats))  # the same: gone on with
+    changed(small, source, "model.layers.1.mlp.up_proj.weight", 0.5)
+    with pytest.raises(InputError, match="unfinished run with other settings"):
+        export(source, out, 4.5, few, stats=read_stats(stats))
+    assert (tmp_path / "out.partial").is_dir()
+
+
+def interrupted(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "told"),
+    [
+        ("model.layers.1.mlp.up_proj.weight", np.inf, "weights are NaN or Inf"),
+        ("model.norm.weight", np.nan, "weights are NaN or Inf"),
+        ("model.norm.weight", 1e5, r"weights go up to \d+, which f16 cannot hold"),
+    ],
+)
+def test_damaged_weights_are_named_before_the_measurement(
+    name: str,
+    value: float,
+    told: str,
+    small: Path,
+    few,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    source = changed(small, tmp_path / "model", name, value)
+    monkeypatch.setattr(exl2, "measure", None)
+    with pytest.raises(InputError, match=f"{name}: {told}"):
+        export(source, tmp_path / "out", 4.5, few)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
 def test_what_cannot_be_is_refused(small: Path, few, whole: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     for bpw, told in ((2.05, "take 2"), (1.0, "above 2"), (float("nan"), "above 2")):
         with pytest.raises(InputError, match=told):
             export(small, out, bpw, few, whole / "measurement.json")
+        with pytest.raises(InputError, match=told):  # before the measurement
+            plan_exl2(open_checkpoint(small), Options(bpw))
     with pytest.raises(InputError, match=r"whole.*a measurement of another model"):
         export(TINY_CODER, out, 4.0, few, whole / "measurement.json")
     odd = write_hf(tmp_path / "odd", llama_config(hidden_size=80, num_key_value_heads=1))
@@ -336,3 +395,7 @@ def test_from_the_command_line(small: Path, tmp_path: Path, capsys) -> None:
     assert main([*command, *calibration, "--bpw", "3", *again]) == 0
     told = capsys.readouterr().out
     assert "EXL2, 2.9" in told or "EXL2, 3.0" in told
+    calibrate.calibrate(small, tmp_path / "stats", windows(small, HELD_OUT, 256, n_ctx=64))
+    assert main([*command, "--stats", str(tmp_path / "stats"), "--bpw", "3", *again]) == 0
+    config = json.loads((out / "config.json").read_text())
+    assert config["quantization_config"]["calibration"]["dataset"] == "stats"  # not where it lay

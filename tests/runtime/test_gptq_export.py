@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ from dsq.quant.gptq_layout import GPTQ_BITS, PARTS, unpack
 from dsq.runtime.calibration.workdir import WorkDir
 from dsq.runtime.fidelity import gptq
 from tests.models import ROOT, TINY_CODER, llama_config, write_hf
+from tests.runtime.changed import changed
 from tests.runtime.dying import die
 
 torch = pytest.importorskip("torch")
@@ -185,6 +187,38 @@ def test_other_settings_are_not_gone_on_with(small: Path, tmp_path: Path) -> Non
     die(_CODE, "dsq.runtime.fidelity.two_ways:TwoWays.leave", 2, model=small, out=out)
     with pytest.raises(InputError, match="unfinished run with other settings"):
         export(small, out, Scheme(3, 32))
+
+
+def test_other_weights_are_not_gone_on_with(small: Path, tmp_path: Path) -> None:
+    source, out = tmp_path / "model", tmp_path / "out"
+    shutil.copytree(small, source)
+    die(_CODE, "dsq.runtime.fidelity.two_ways:TwoWays.leave", 2, model=source, out=out)
+    changed(small, source, "model.layers.2.mlp.up_proj.weight", 0.5)  # in the last row
+    with pytest.raises(InputError, match="unfinished run with other settings"):
+        export(source, out, SCHEME)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("model.layers.2.mlp.up_proj.weight", np.inf),
+        ("model.embed_tokens.weight", np.nan),
+        ("model.norm.weight", np.nan),
+        ("lm_head.weight", np.nan),
+    ],
+)
+def test_damaged_weights_are_named_before_the_first_layer(
+    small: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    value: float,
+) -> None:
+    source = changed(small, tmp_path / "model", name, value)
+    monkeypatch.setattr(gptq, "_Run", None)
+    with pytest.raises(InputError, match=f"{name}: weights are NaN or Inf"):
+        export(source, tmp_path / "out", SCHEME)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 def test_a_second_run_is_refused(small: Path, tmp_path: Path) -> None:
