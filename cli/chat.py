@@ -61,12 +61,15 @@ def run(args: argparse.Namespace) -> int:
     from dsq.convert.checkpoint import open_checkpoint
     from dsq.runtime.chat import ChatSession
     from dsq.runtime.repack_cache import generation_engine
-    from dsq.runtime.source import EngineSettings
+    from dsq.runtime.source import EngineSettings, Source
 
     n_ctx = args.ctx_size or min(DEFAULT_CTX, open_checkpoint(model).spec.n_ctx)
     settings = EngineSettings(n_ctx, args.threads, common.gpu_layers(args))
     engine = generation_engine(
-        model, settings, name=args.engine, tell=lambda text: print(f"dsq: {text}", file=sys.stderr)
+        Source(model),
+        settings,
+        name=args.engine,
+        tell=lambda text: print(f"dsq: {text}", file=sys.stderr),
     )
     try:
         session = ChatSession(

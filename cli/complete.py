@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
     n_ctx = args.ctx_size or -(-(n_prompt + args.n_predict) // 256) * 256
     settings = EngineSettings(n_ctx, args.threads, common.gpu_layers(args))
     engine = generation_engine(
-        model, settings, name=args.engine, tell=lambda text: print(f"dsq: {text}", file=sys.stderr)
+        source, settings, name=args.engine, tell=lambda text: print(f"dsq: {text}", file=sys.stderr)
     )
     try:
         generation = complete(

@@ -217,7 +217,7 @@ def _try_alone(lock: int) -> bool:
 
 
 def generation_engine(
-    path: Path,
+    source: Source,
     settings: EngineSettings,
     *,
     name: EngineName = "auto",
@@ -230,7 +230,7 @@ def generation_engine(
     `tell` hears when that is not lossless. `torch` runs the exact codes of a packed directory.
     Raises InputError where the engine cannot run the model.
     """
-    source = Source(path)
+    path = source.path
     if name == "torch" and source.is_gguf:
         raise InputError(
             f"{path}: --engine torch runs directories, and this is a GGUF; leave --engine out, or "

@@ -23,7 +23,6 @@ import numpy.typing as npt
 from dsq.convert.atomic import check_space, os_error, sync
 from dsq.convert.checkpoint import GgufCheckpoint, HfCheckpoint
 from dsq.convert.gguf.writer import shard_paths
-from dsq.convert.identity import model_identity
 from dsq.convert.names import gguf_name, permuted_heads
 from dsq.convert.pipeline import GgufPlan, Progress, check_outputs, run_gguf_plan
 from dsq.convert.tensor_plan import TensorStep, interleaved_rows
@@ -36,6 +35,7 @@ from dsq.quant.solver import DAMP, aim, factor
 from dsq.quant.threads import default_threads
 from dsq.runtime.calibration.workdir import WorkDir, settings_hash
 from dsq.runtime.decoder import STAGES, chosen_device, read_layer, read_tensor
+from dsq.runtime.fidelity.source_check import source_identity
 from dsq.runtime.fidelity.two_ways import Seen, TwoWays
 
 if TYPE_CHECKING:
@@ -122,7 +122,7 @@ def quantize(
     check_outputs(checkpoint, plan, out, force=force)
     device, threads = chosen_device(options.device), options.n_threads or default_threads()
     settings = settings_hash(
-        model_identity(checkpoint),
+        source_identity(checkpoint),
         [(step.name, step.stored.name, step.to.name) for step in plan.steps],
         (options.damp, threads, device),
         [version(name) for name in ("dsq", "torch")],

@@ -28,13 +28,13 @@ import numpy.typing as npt
 
 from dsq.convert.atomic import check_target, os_error, sync
 from dsq.convert.checkpoint import GgufCheckpoint, HfCheckpoint, open_checkpoint
-from dsq.convert.identity import model_identity
 from dsq.convert.names import gguf_name, permuted_heads
 from dsq.convert.tensor_plan import interleaved_rows
 from dsq.errors import DsqError, InputError
 from dsq.quant.threads import default_threads
 from dsq.runtime.calibration.workdir import WorkDir, settings_hash
 from dsq.runtime.decoder import Decoder
+from dsq.runtime.fidelity.source_check import source_identity
 from dsq.runtime.fidelity.student import Student
 from dsq.runtime.fidelity.teacher import Teacher
 from dsq.runtime.fidelity.teacher import kld as divergence
@@ -157,7 +157,7 @@ def _settings(
         while part := file.read(1 << 24):
             digest.update(part)
     return settings_hash(
-        model_identity(source), digest.hexdigest(), windows, options, version("dsq")
+        source_identity(source), digest.hexdigest(), windows, options, version("dsq")
     )
 
 

@@ -15,7 +15,7 @@ from dsq.convert.checkpoint import HfCheckpoint, open_checkpoint
 from dsq.errors import DsqError, InputError
 from dsq.runtime import repack_cache
 from dsq.runtime.repack_cache import RepackCache, generation_engine
-from dsq.runtime.source import EngineSettings
+from dsq.runtime.source import EngineSettings, Source
 from tests.models import ROOT, llama_config, write_hf
 from tests.packed_models import write_gptq
 
@@ -168,10 +168,10 @@ def test_engines_that_cannot_run_a_model(models, tmp_path):
     gguf = used(cache, models[0])
     settings = EngineSettings(64, 1)
     with pytest.raises(InputError, match="--engine torch runs directories, and this is a GGUF"):
-        generation_engine(gguf, settings, name="torch")
+        generation_engine(Source(gguf), settings, name="torch")
     dense = write_hf(tmp_path / "dense", llama_config(**SMALL, num_key_value_heads=2))
     with pytest.raises(InputError, match="llama.cpp runs GGUF files; convert the directory"):
-        generation_engine(dense, settings, name="llama.cpp")
+        generation_engine(Source(dense), settings, name="llama.cpp")
 
 
 def test_llama_cpp_runs_it_and_a_loss_is_told(models, tmp_path):
@@ -180,7 +180,7 @@ def test_llama_cpp_runs_it_and_a_loss_is_told(models, tmp_path):
     for checkpoint, n_told in ((models[0], 1), (models[0], 0), (scattered, 2), (scattered, 1)):
         told: list[str] = []
         settings = EngineSettings(64, 1)
-        engine = generation_engine(checkpoint.path, settings, cache=cache, tell=told.append)
+        engine = generation_engine(Source(checkpoint.path), settings, cache=cache, tell=told.append)
         assert engine.logits([5, 6, 7]).shape == (3, engine.n_vocab)
         engine.close()
         assert len(told) == n_told, told
