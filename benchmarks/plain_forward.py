@@ -1,7 +1,7 @@
 """Tokens a second of transformers over windows, logits included: what calibration is held against.
 
-`python -m benchmarks.plain_forward MODEL TEXT N_CTX TOKENS THREADS` prints JSON. The windows are
-those of `dsq calibrate`, 2,048 tokens at once; loading and tokenizing are left out.
+`python -m benchmarks.plain_forward MODEL TEXT N_CTX TOKENS THREADS [AT_ONCE]` prints JSON. The
+windows are those of `dsq calibrate`, 2,048 tokens at once; loading and tokenizing are left out.
 """
 
 from __future__ import annotations
@@ -19,11 +19,13 @@ from dsq.runtime.calibration.steps import BATCH_TOKENS
 from dsq.runtime.torch_engine import TorchEngine
 
 
-def main(model: str, text: str, n_ctx: str, n_tokens: str, threads: str) -> None:
+def main(
+    model: str, text: str, n_ctx: str, n_tokens: str, threads: str, at_once: str = str(BATCH_TOKENS)
+) -> None:
     options = Options(n_ctx=int(n_ctx), n_tokens=int(n_tokens))
     texts = [Path(text).read_text(encoding="utf-8")]
     windows = choose_windows(open_checkpoint(model), texts, options)
-    size = max(1, BATCH_TOKENS // options.n_ctx)
+    size = max(1, int(at_once) // options.n_ctx)
     with TorchEngine(model, n_ctx=options.n_ctx, n_threads=int(threads)) as engine:
         start = time.perf_counter()
         for i in range(0, len(windows), size):

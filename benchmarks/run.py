@@ -23,8 +23,12 @@ MODULES = {
     "eval": "benchmarks.evaluation",
     "calibration": "benchmarks.calibration",
     "compensated": "benchmarks.compensated",
+    "distillation": "benchmarks.distillation",
     "tokenizer": "benchmarks.tokenizer",
     "gptq": "benchmarks.gptq",
+    "exl2": "benchmarks.exl2",
+    "packing": "benchmarks.packing",
+    "repack": "benchmarks.repack",
     "server": "benchmarks.server_speed",
 }
 BUSY = 0.05
