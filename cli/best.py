@@ -5,10 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,9 +19,15 @@ if TYPE_CHECKING:
     from dsq.convert.imatrix import Imatrix
     from dsq.quant.mix import Recipe
     from dsq.quant.stats import Stats
+    from dsq.runtime.calibration.workdir import WorkDir
     from dsq.runtime.fidelity.mix import Budget, Table
 
 _TARGETS = ("target_bpw", "target_size", "target_kld", "vram")
+# What else the bytes depend on, with the calibration and the text.
+_SETTINGS = (
+    *("ctx", "method", "damp", "distill", "split_max_size", "pre"),
+    *("allow_requantize", "allow_nonfinite"),
+)
 _BEST = re.compile(r"best-(\d+(?:\.\d+)?)")
 
 
@@ -99,14 +103,13 @@ def _best(args: argparse.Namespace) -> int:
             f"{args.type}: it calibrates and chooses the method by itself; leave --stats, "
             "--method, --distill and --dry-run out"
         )
-    from dsq.convert.atomic import check_target
     from dsq.convert.checkpoint import open_checkpoint
     from dsq.runtime.fidelity.best import Options, best
     from dsq.runtime.fidelity.mix import Budget
 
     source = common.local_model(args.src, args)
     out = args.output or common.output_path(source, args.type)
-    check_target(out, force=args.force)
+    _check_outputs(args, out)
     _defaults(args)
     ids, about = windows(args, source)
     report = best(
@@ -117,9 +120,9 @@ def _best(args: argparse.Namespace) -> int:
         Options(args.threads, args.seed, args.device or "auto", about["name"]),
         force=args.force,
         pre=args.pre,
+        keep=lambda recipe: _save(args, recipe, out),
         tell=(lambda line: None) if args.json else (lambda line: print(line, flush=True)),
     )
-    _save(args, report.recipe, out)
     if args.json:
         content = {"output": str(out), "text": about["name"], **report.to_json()}
         common.print_json({**content, "recipe": report.recipe.to_json()})
@@ -134,49 +137,140 @@ def _best(args: argparse.Namespace) -> int:
     return 0
 
 
+def _check_outputs(args: argparse.Namespace, out: Path) -> None:
+    """Before hours of work. What the same run had written when it was killed is in no way."""
+    from dsq.convert.atomic import check_target
+    from dsq.runtime.calibration.workdir import WorkDir
+
+    check_target(out, force=args.force or WorkDir.owns(out))
+    if args.save_recipe:
+        check_target(args.save_recipe, force=args.force or WorkDir.is_left(out))
+
+
 def _defaults(args: argparse.Namespace) -> None:
     args.ctx, args.tokens = args.ctx or 512, args.tokens or 128 << 10
     args.seed, args.parse_special = args.seed or 0, False
 
 
 def _mix(args: argparse.Namespace) -> int:
-    from dsq.cli.quantize import write
     from dsq.convert.checkpoint import open_checkpoint
     from dsq.quant.mix import read_recipe
-    from dsq.runtime.fidelity.mix import choose_recipe, measure_table, plan_recipe
+    from dsq.quant.stats import read_stats
 
     recipe = read_recipe(args.recipe) if args.recipe else None  # before any I/O
-    source = common.local_model(args.src, args)
-    checkpoint = open_checkpoint(source)
-    with _statistics(args, checkpoint) as stats:
-        table = None
-        if recipe is None:
-            budget = _budget(args, checkpoint)
-            assert stats is not None, "a target needs statistics"
-            table = measure_table(checkpoint, stats, n_threads=args.threads)
-            recipe, _ = choose_recipe(table, budget)
-        plan = plan_recipe(
-            checkpoint,
-            recipe,
-            str(args.recipe or "the mix"),
-            imatrix=_imatrix(args, stats) if stats else None,
-            allow_requantize=args.allow_requantize,
-            split_max_bytes=args.split_max_size,
-            pre=args.pre,
+    if args.stats and args.calibrate:
+        raise InputError("--stats, --calibrate: give one of them")
+    if recipe is None and not (args.stats or args.calibrate):
+        raise InputError(
+            "a mix is found by measuring: give --stats FILE (of dsq calibrate --hessians "
+            "--gradients), or --calibrate with --text FILE…"
         )
-        out = args.output or common.output_path(source, f"{plan.bpw:.2f}bpw")
-        if args.dry_run and table is not None and not args.json:
-            _print_curve(table)
-        if not args.dry_run or args.save_recipe:
-            _save(args, recipe, out)
-        found = None
-        if compensation.is_asked_for(args):
-            if stats is None:
-                raise InputError(
-                    "--method compensated, --distill: give --stats FILE, or --calibrate with --text"
-                )
-            found = compensation.Calibration.of_stats(stats)
-        return write(args, checkpoint, plan, found, out, {"recipe": recipe.to_json()})
+    checkpoint = open_checkpoint(common.local_model(args.src, args))
+    if args.calibrate:
+        return _calibrate_and_mix(args, checkpoint, recipe)
+    return _write(args, checkpoint, recipe, read_stats(args.stats) if args.stats else None)
+
+
+def _calibrate_and_mix(
+    args: argparse.Namespace, checkpoint: HfCheckpoint | GgufCheckpoint, recipe: Recipe | None
+) -> int:
+    """All in `OUT.partial`: a run that was killed goes on where it was, to the same bytes."""
+    from dsq.quant.stats import read_stats
+    from dsq.quant.threads import default_threads
+    from dsq.runtime.calibration.calibrate import Options, calibrate
+    from dsq.runtime.calibration.workdir import WorkDir, settings_hash
+    from dsq.runtime.decoder import chosen_device
+    from dsq.runtime.fidelity.source_check import source_identity
+    from dsq.runtime.torch_setup import need_torch
+
+    need_torch("--calibrate")
+    # Without -o the file is called by the bits it comes to have, which nobody knows yet.
+    out = args.output or common.output_path(checkpoint.path, _target(args))
+    if not args.dry_run:
+        _check_outputs(args, out)
+    n_ctx = args.ctx
+    if args.vram is not None:
+        args.ctx = None  # the context to serve, not a calibration window
+    _defaults(args)
+    ids, about = windows(args, checkpoint.path)
+    args.ctx = n_ctx
+    options = Options(
+        hessians=True,
+        gradients=True,
+        seed=args.seed,
+        device=chosen_device(args.device or "auto"),
+        n_threads=args.threads or default_threads(),
+    )
+    settings = settings_hash(
+        source_identity(checkpoint),
+        (options, recipe and recipe.to_json(), about["name"]),
+        [getattr(args, name) for name in (*_TARGETS, *_SETTINGS)],
+        [version(name) for name in ("dsq", "torch")],
+        ids,
+    )
+    with WorkDir(out, settings) as work:
+        path = work.path / "stats.safetensors"
+
+        def gather() -> None:
+            calibrate(checkpoint.path, path, ids, about_text=about, options=options, force=True)
+
+        work.once("stats", gather)
+        return _write(args, checkpoint, recipe, read_stats(path), work)
+
+
+def _target(args: argparse.Namespace) -> str:
+    """`target-bpw-4.5`, `recipe-name`"""
+    if args.recipe:
+        return f"recipe-{args.recipe.stem}"
+    name = next(name for name in _TARGETS if getattr(args, name) is not None)
+    return f"{name.replace('_', '-')}-{getattr(args, name)}"
+
+
+def _write(
+    args: argparse.Namespace,
+    checkpoint: HfCheckpoint | GgufCheckpoint,
+    recipe: Recipe | None,
+    stats: Stats | None,
+    work: WorkDir | None = None,
+) -> int:
+    """Choose the types if there is no recipe, and write the file; in `work`, step by step."""
+    from dsq.cli.quantize import write
+    from dsq.runtime.fidelity.mix import choose_recipe, chosen_once, measure_table, plan_recipe
+
+    if recipe is None:
+        budget = _budget(args, checkpoint)
+        assert stats is not None, "a target needs statistics"
+
+        def choose() -> tuple[Recipe, float]:
+            table = measure_table(
+                checkpoint, stats, damp=compensation.damp_of(args), n_threads=args.threads
+            )
+            if args.dry_run and not args.json:
+                _print_curve(table)
+            return choose_recipe(table, budget)
+
+        # Of a dry run the table is to be seen.
+        recipe, _ = choose() if work is None or args.dry_run else chosen_once(work, choose)
+    plan = plan_recipe(
+        checkpoint,
+        recipe,
+        str(args.recipe or "the mix"),
+        imatrix=_imatrix(args, stats) if stats else None,
+        allow_requantize=args.allow_requantize,
+        split_max_bytes=args.split_max_size,
+        pre=args.pre,
+    )
+    out = args.output or common.output_path(checkpoint.path, f"{plan.bpw:.2f}bpw")
+    if not args.dry_run or args.save_recipe:
+        _save(args, recipe, out)
+    found = None
+    if compensation.is_asked_for(args):
+        if stats is None:
+            raise InputError(
+                "--method compensated, --distill: give --stats FILE, or --calibrate with --text"
+            )
+        found = compensation.Calibration.of_stats(stats)
+    return write(args, checkpoint, plan, found, out, {"recipe": recipe.to_json()}, work)
 
 
 def _imatrix(args: argparse.Namespace, stats: Stats) -> Imatrix:
@@ -185,47 +279,6 @@ def _imatrix(args: argparse.Namespace, stats: Stats) -> Imatrix:
 
     found = sums_of_stats(stats).means()
     return replace(found, path=Path(stats.path.name)) if args.calibrate else found
-
-
-@contextmanager
-def _statistics(
-    args: argparse.Namespace, checkpoint: HfCheckpoint | GgufCheckpoint
-) -> Iterator[Stats | None]:
-    """Those of --stats, or gathered now; None for a recipe without them."""
-    from dsq.quant.stats import read_stats
-
-    if args.stats and args.calibrate:
-        raise InputError("--stats, --calibrate: give one of them")
-    if args.stats:
-        yield read_stats(args.stats)
-        return
-    if not args.calibrate:
-        if args.recipe:
-            yield None
-            return
-        raise InputError(
-            "a mix is found by measuring: give --stats FILE (of dsq calibrate --hessians "
-            "--gradients), or --calibrate with --text FILE…"
-        )
-    from dsq.runtime.calibration.calibrate import Options, calibrate
-
-    n_ctx = args.ctx
-    if args.vram is not None:
-        args.ctx = None  # the context to serve, not a calibration window
-    _defaults(args)
-    ids, about = windows(args, checkpoint.path)
-    args.ctx = n_ctx
-    with tempfile.TemporaryDirectory(prefix=".dsq-stats-", dir=Path()) as folder:
-        path = Path(folder) / "stats.safetensors"
-        options = Options(
-            hessians=True,
-            gradients=True,
-            seed=args.seed,
-            device=args.device or "auto",
-            n_threads=args.threads,
-        )
-        calibrate(checkpoint.path, path, ids, about_text=about, options=options)
-        yield read_stats(path)
 
 
 def _budget(args: argparse.Namespace, checkpoint: HfCheckpoint | GgufCheckpoint) -> Budget:
@@ -269,11 +322,17 @@ def header_bytes(checkpoint: HfCheckpoint | GgufCheckpoint) -> int:
 
 def _save(args: argparse.Namespace, recipe: Recipe, out: Path) -> None:
     """The recipe, beside the file unless --save-recipe names a place."""
-    from dsq.convert.atomic import check_target, write_text
+    from dsq.convert.atomic import DiskError, check_target, write_text
 
     path = args.save_recipe or out.with_suffix(".recipe.json")
-    check_target(path, force=args.force or args.save_recipe is None)
-    write_text(path, json.dumps(recipe.to_json(), indent=1) + "\n")
+    text = json.dumps(recipe.to_json(), indent=1) + "\n"
+    if path.is_file() and path.read_bytes() == text.encode():
+        return  # of the run that this one goes on with
+    try:
+        check_target(path, force=args.force or args.save_recipe is None)
+    except InputError as error:  # it came while we worked: what is done is kept
+        raise DiskError(str(error)) from error
+    write_text(path, text)
 
 
 def _print_curve(table: Table) -> None:

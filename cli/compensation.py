@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -60,6 +60,15 @@ def damp(text: str) -> float:
     if not 0 <= value <= 100:
         raise argparse.ArgumentTypeError(f"{text} is no number from 0 to 100")
     return value
+
+
+def damp_of(args: argparse.Namespace) -> float | None:
+    """That of the method; None where no error is fed back."""
+    from dsq.quant.solver import DAMP
+
+    if args.method != "compensated":
+        return None
+    return DAMP if args.damp is None else float(args.damp)
 
 
 def check(args: argparse.Namespace) -> None:
@@ -173,9 +182,9 @@ def quantized(
     """Carry the plan out with error feedback; what the report says of it."""
     from dsq.runtime.fidelity.compensate import Options, quantize
 
-    options = Options(n_threads=args.threads, device=args.device or "auto")
-    if args.damp is not None:
-        options = replace(options, damp=args.damp)
+    given = damp_of(args)
+    assert given is not None, "--method compensated"
+    options = Options(given, n_threads=args.threads, device=args.device or "auto")
     start = time.perf_counter()
     report = quantize(
         checkpoint,
@@ -208,36 +217,35 @@ def with_distillation(
     found: Calibration,
     out: Path,
     quantize: Quantize,
+    *,
+    force: bool,
 ) -> dict[str, Any]:
     """Quantize, then distill, each done once in `OUT.partial`; what the report says of both."""
     from importlib.metadata import version
 
-    from dsq.convert.atomic import check_space, os_error
-    from dsq.convert.identity import model_identity
+    from dsq.convert.atomic import check_space
     from dsq.convert.pipeline import check_outputs
     from dsq.runtime.calibration.workdir import WorkDir, settings_hash
+    from dsq.runtime.fidelity.source_check import source_identity
 
-    check_outputs(checkpoint, plan, out, force=args.force)
+    check_outputs(checkpoint, plan, out, force=force or WorkDir.owns(out))
     settings = settings_hash(
-        model_identity(checkpoint),
+        source_identity(checkpoint),
         [(step.name, step.to.name) for step in plan.steps],
         [(e.key, e.value) for e in plan.layout.entries if isinstance(e.value, (str, int, float))],
         [getattr(args, name) for name in ("distill", "damp", "device", "seed", "threads")],
         version("dsq"),
         found.ids,
     )
-    try:
-        with WorkDir(out, settings) as work:
-            if not work.done:
-                check_space(out, 2 * plan.layout.data_bytes)
-            before, after = work.path / "quantized.gguf", work.path / "distilled.gguf"
-            report: dict[str, Any] = work.once("quantized", lambda: quantize(before, force=True))
-            report["distillation"] = work.once(
-                "distilled", lambda: _distilled(args, checkpoint.path, before, found, after)
-            )
-            work.finish(after.name, out)
-    except OSError as error:
-        raise os_error(error, out) from error
+    with WorkDir(out, settings) as work:
+        if not work.done:
+            check_space(out, 2 * plan.layout.data_bytes)
+        before, after = work.path / "quantized.gguf", work.path / "distilled.gguf"
+        report: dict[str, Any] = work.once("quantized", lambda: quantize(before, force=True))
+        report["distillation"] = work.once(
+            "distilled", lambda: _distilled(args, checkpoint.path, before, found, after)
+        )
+        work.finish(after.name, out)
     return {**report, "files": [str(out)]}
 
 

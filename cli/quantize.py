@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from dsq.convert.checkpoint import GgufCheckpoint, HfCheckpoint
     from dsq.convert.pipeline import GgufPlan
+    from dsq.runtime.calibration.workdir import WorkDir
 
 DESCRIPTION = (
     "Quantize SRC to TYPE. SRC may be a GGUF, a Hugging Face directory or a hub id: from a\n"
@@ -157,8 +158,12 @@ def write(
     found: compensation.Calibration | None,
     out: Path,
     more: Mapping[str, Any] | None = None,
+    work: WorkDir | None = None,
 ) -> int:
-    """Carry the plan out and report; `more` goes into the JSON report as it is."""
+    """Carry the plan out and report; `more` goes into the JSON report as it is.
+
+    With `work` it is the last step of a longer run in that folder, which is then finished.
+    """
     from dsq.convert.pipeline import with_method
     from dsq.convert.rope import describe
 
@@ -168,11 +173,13 @@ def write(
     report: dict[str, Any] = {"output": str(out), **plan.to_json(), **(more or {})}
     if not args.dry_run:
         del report["tensors"]
-        run = partial(_run, args, checkpoint, plan, found)
-        if found and args.distill:
-            report |= compensation.with_distillation(args, checkpoint, plan, found, out, run)
+        carry_out = partial(_carry_out, args, checkpoint, plan, found)
+        if work is None:
+            report |= carry_out(out, force=args.force)
         else:
-            report |= run(out, force=args.force)
+            report |= _in_folder(args, checkpoint, plan, work, carry_out, out)
+    elif work is not None:
+        work.finish_all({})
     if args.json:
         common.print_json(report)
     else:
@@ -184,7 +191,32 @@ def write(
     return 0
 
 
-def _run(
+def _in_folder(
+    args: argparse.Namespace,
+    checkpoint: HfCheckpoint | GgufCheckpoint,
+    plan: GgufPlan,
+    work: WorkDir,
+    carry_out: compensation.Quantize,
+    out: Path,
+) -> dict[str, Any]:
+    """Written once in `work`, then named."""
+    from dsq.convert.atomic import DiskError
+    from dsq.convert.pipeline import check_outputs
+
+    try:
+        check_outputs(checkpoint, plan, out, force=args.force)
+    except InputError as error:  # it came while we worked: what is done is kept
+        raise DiskError(str(error)) from error
+    report: dict[str, Any] = work.once(
+        "written", lambda: carry_out(work.path / out.name, force=True)
+    )
+    names = [Path(file).name for file in report["files"]]
+    places = {name: out.with_name(name) for name in names}
+    work.finish_all(places)
+    return {**report, "files": [str(place) for place in places.values()]}
+
+
+def _carry_out(
     args: argparse.Namespace,
     checkpoint: HfCheckpoint | GgufCheckpoint,
     plan: GgufPlan,
@@ -194,6 +226,22 @@ def _run(
     force: bool,
 ) -> dict[str, Any]:
     """Carry the plan out; what the report says of it."""
+    run = partial(_run, args, checkpoint, plan, found)
+    if found and args.distill:
+        return compensation.with_distillation(args, checkpoint, plan, found, out, run, force=force)
+    return run(out, force=force)
+
+
+def _run(
+    args: argparse.Namespace,
+    checkpoint: HfCheckpoint | GgufCheckpoint,
+    plan: GgufPlan,
+    found: compensation.Calibration | None,
+    out: Path,
+    *,
+    force: bool,
+) -> dict[str, Any]:
+    """The file as it is before distillation."""
     from dsq.convert.pipeline import run_gguf_plan
 
     with progress_bar(f"→ {out}", plan.layout.data_bytes, quiet=args.json) as advance:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,14 +17,23 @@ from typing import Any
 from dsq.convert.files import human, special_kind
 from dsq.errors import DsqError, InputError
 
+try:
+    import fcntl
+except ImportError:  # Windows: nothing is locked there, nor swept away
+    fcntl = None  # type: ignore[assignment]
+
 
 class DiskError(InputError):
     """The disk would not do it, and no other input would help: the same run may succeed later."""
 
 
 def check_target(path: Path, *, force: bool, n_bytes: int = 0) -> None:
-    """Refuse what is sure to fail later: an existing output, a missing or full folder."""
+    """Refuse what is sure to fail later: an existing output, a missing or full folder.
+
+    What a run that was killed has left of this output is removed: see `sweep`.
+    """
     _refuse_special(path)
+    sweep(path)
     if path.exists() and not force:
         raise InputError(f"{path} exists; give another output, or --force to replace it")
     check_space(path, n_bytes)
@@ -61,15 +71,19 @@ def check_space(path: Path, n_bytes: int) -> None:
 def atomic_files(paths: Sequence[Path]) -> Iterator[list[Path]]:
     """Yield a temporary path for each of `paths`; all are renamed at the end, or all removed.
 
-    The caller writes and closes them. Operating system errors become one-line errors that name
-    the target (disk full, read-only, no permission). A link is replaced, not what it points to.
-    Raises InputError for a target that is a directory, a device or the like.
+    They are there, empty and locked, for the caller to write and close. Operating system errors
+    become one-line errors that name the target (disk full, read-only, no permission). A link is
+    replaced, not what it points to. Raises InputError for a target that is a directory, a device
+    or the like.
     """
     for path in paths:
         _refuse_special(path)
     tag = secrets.token_hex(4)
     temporary = [p.with_name(f".{p.name}.{tag}.tmp") for p in paths]
+    locks: list[int] = []
     try:
+        for path in temporary:
+            locks += _made(path, Path.touch)
         yield temporary
         for path in temporary:
             sync(path)
@@ -83,6 +97,8 @@ def atomic_files(paths: Sequence[Path]) -> Iterator[list[Path]]:
         for path in temporary:
             if path.exists():
                 path.unlink()
+        for lock in locks:
+            os.close(lock)
 
 
 @contextmanager
@@ -94,15 +110,17 @@ def atomic_directory(path: Path, *, force: bool, ours: Callable[[str], bool]) ->
     """
     path = path.resolve()
     check_directory(path, force=force, ours=ours)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    tag = secrets.token_hex(4)
+    temporary, old = (path.with_name(f".{path.name}.{tag}.{end}") for end in ("tmp", "old"))
+    locks: list[int] = []
     try:
-        temporary.mkdir()
+        locks += _made(temporary, Path.mkdir)
         yield temporary
         for file in temporary.iterdir():
             sync(file)
         if path.exists():
-            old = path.with_name(f".{path.name}.{secrets.token_hex(4)}.old")
-            path.rename(old)
+            locks += _lock(path)
+            path.rename(old)  # a kill now, and `sweep` brings it back
             temporary.rename(path)
             shutil.rmtree(old)
         else:
@@ -111,12 +129,77 @@ def atomic_directory(path: Path, *, force: bool, ours: Callable[[str], bool]) ->
     except OSError as error:
         raise os_error(error, path) from error
     finally:
+        if old.exists() and not path.exists():
+            old.rename(path)
         if temporary.exists():
             shutil.rmtree(temporary)
+        for lock in locks:
+            os.close(lock)
+
+
+def sweep(path: Path) -> None:
+    """Remove what runs that were killed have left of the output `path`, beside it.
+
+    An output that was being replaced comes back if nothing has taken its place. What a living run
+    works on is locked, and left alone.
+    """
+    left = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{8}}\.(tmp|old)")
+    with suppress(OSError):  # a folder that is missing or read-only is told when it is written to
+        for found in sorted(path.parent.iterdir()):
+            for lock in _lock(found) if left.fullmatch(found.name) else []:
+                try:
+                    if found.suffix == ".old" and not path.exists():
+                        found.rename(path)
+                    elif found.is_dir():
+                        shutil.rmtree(found)
+                    else:
+                        found.unlink()
+                finally:
+                    os.close(lock)
+
+
+def _made(path: Path, make: Callable[[Path], None]) -> list[int]:
+    """Make a temporary file or folder and lock it, so that none sweeps it away.
+
+    It stays locked until the one descriptor is closed. None comes where there are no locks.
+    """
+    while True:
+        make(path)
+        if fcntl is None:
+            return []
+        with suppress(FileNotFoundError):  # swept away before it was locked
+            lock = os.open(path, os.O_RDONLY)
+            with suppress(OSError):  # a file system without locks: then nothing is swept either
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            if _is_open(path, lock):
+                return [lock]
+            os.close(lock)
+
+
+def _lock(path: Path) -> list[int]:
+    """As `_made`, for what is there; no descriptor where another run has it."""
+    if fcntl is None or path.is_symlink():
+        return []
+    lock = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    with suppress(OSError):
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if _is_open(path, lock):
+            return [lock]
+    os.close(lock)
+    return []
+
+
+def _is_open(path: Path, descriptor: int) -> bool:
+    """Whether the name still is that of the open file."""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
 
 
 def check_directory(path: Path, *, force: bool, ours: Callable[[str], bool]) -> None:
-    """Refuse a target directory that may not be replaced. See `atomic_directory`."""
+    """Refuse a target directory that may not be replaced. See `atomic_directory` and `sweep`."""
+    sweep(path)
     if not path.exists():
         return
     if not path.is_dir():

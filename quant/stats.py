@@ -248,7 +248,9 @@ class _Tensors:
         return self.file.get_tensor(name)
 
     def finite(self, name: str, shape: tuple[int, ...]) -> F32Array:
-        values: F32Array = self.get(name, shape)
+        return self._finite(name, self.get(name, shape))
+
+    def _finite(self, name: str, values: F32Array) -> F32Array:
         if not np.isfinite(values).all():
             raise InputError(
                 f"{self.path}: {name} has values that are NaN or Inf; run dsq calibrate again"
@@ -262,8 +264,7 @@ class _Tensors:
 
         def read() -> F32Array:
             with safe_open(self.path, framework="numpy") as file:
-                values: F32Array = file.get_tensor(name)
-            return values
+                return self._finite(name, file.get_tensor(name))
 
         return read
 

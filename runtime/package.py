@@ -106,6 +106,7 @@ def write_package(package: Package, out: Path, *, force: bool = False) -> list[P
 
 
 def _link(source: Path, target: Path) -> None:
+    target.unlink(missing_ok=True)  # it is there, empty: see `atomic_files`
     try:
         os.link(source, target)
     except OSError:  # another file system, or one without hard links

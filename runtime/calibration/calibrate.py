@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from dsq.convert.atomic import check_space, check_target, os_error
+from dsq.convert.atomic import check_space, check_target
 from dsq.convert.checkpoint import open_checkpoint
 from dsq.runtime.calibration.peak_memory import PeakMemory
 from dsq.runtime.calibration.plan import Options, choose_windows, plan_run
@@ -69,20 +69,17 @@ def calibrate(
     that exists (unless `force`) or is being written, and a disk too small; DsqError for activations
     that are NaN or Inf.
     """
-    check_target(out, force=force)
+    check_target(out, force=force or WorkDir.owns(out))
     plan = plan_run(open_checkpoint(source), ids, options or Options(), about_text or {})
     with PeakMemory() as peak:
         start = time.perf_counter()
-        try:
-            with WorkDir(out, plan.fingerprint) as work:
-                resumed = work.done
-                if not resumed:
-                    check_space(out, plan.disk_bytes)
-                Steps(plan, work).go(progress)
-                size = (work.path / FILE).stat().st_size
-                work.finish(FILE, out)
-        except OSError as error:
-            raise os_error(error, out) from error
+        with WorkDir(out, plan.fingerprint) as work:
+            resumed = work.done
+            if not resumed:
+                check_space(out, plan.disk_bytes)
+            Steps(plan, work).go(progress)
+            size = (work.path / FILE).stat().st_size
+            work.finish(FILE, out)
         seconds = time.perf_counter() - start
     return Report(
         out=str(out),

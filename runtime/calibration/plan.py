@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -17,7 +16,10 @@ from dsq.errors import InputError
 from dsq.quant.stats import input_sizes
 from dsq.quant.threads import default_threads
 from dsq.runtime import windows as protocol
+from dsq.runtime.calibration.workdir import settings_hash
 from dsq.runtime.decoder import chosen_device
+from dsq.runtime.fidelity.source_check import source_identity
+from dsq.runtime.torch_setup import need_torch
 from dsq.tokenizer_port.tokenizer import Tokenizer
 
 Checkpoint = HfCheckpoint | GgufCheckpoint
@@ -90,8 +92,9 @@ class Plan:
     @property
     def fingerprint(self) -> str:
         """The same for two runs that must give the same bytes."""
-        told = repr((self.model, self.record, self.options.hessians, self.ids.shape))
-        return hashlib.sha256(told.encode() + self.ids.tobytes()).hexdigest()
+        return settings_hash(
+            source_identity(self.checkpoint), self.record, self.options.hessians, self.ids
+        )
 
     @property
     def border_bytes(self) -> int:
@@ -112,9 +115,7 @@ def plan_run(
     options: Options,
     about_text: Mapping[str, Any],
 ) -> Plan:
-    from dsq.runtime.torch_engine import require_torch
-
-    require_torch(checkpoint.path)
+    need_torch("calibration")
     device = chosen_device(options.device)
     n_threads = options.n_threads or default_threads()
     n_gradient = 0

@@ -19,6 +19,7 @@ from dsq.runtime.calibration.moments import Moments, WatchedDecoder
 from dsq.runtime.calibration.plan import Plan
 from dsq.runtime.calibration.workdir import WorkDir
 from dsq.runtime.decoder import STAGES, read_layer, read_tensor
+from dsq.runtime.torch_setup import torch_threads
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -48,13 +49,10 @@ class Steps:
             self.steps += [self._head, *(partial(self._backward, i) for i in reversed(range(n)))]
 
     def go(self, progress: Progress) -> None:
-        import torch
-
-        before = torch.get_num_threads()
-        torch.set_num_threads(self.plan.n_threads)
         options = self.plan.options
-        try:
-            with StatsWriter(
+        with (
+            torch_threads(self.plan.n_threads),
+            StatsWriter(
                 self.work.path / FILE,
                 model=self.plan.model,
                 n_ctx=self.plan.n_ctx,
@@ -62,16 +60,15 @@ class Steps:
                 hessians=options.hessians,
                 gradients=options.gradients,
                 record=self.plan.record,
-            ) as self.stats:
-                for i in range(self.work.done, len(self.steps)):
-                    progress(i, len(self.steps))
-                    self.steps[i]()
-                    self.stats.sync()
-                    self.work.save(i + 1)
-                    self._drop(i)
-                progress(len(self.steps), len(self.steps))
-        finally:
-            torch.set_num_threads(before)
+            ) as self.stats,
+        ):
+            for i in range(self.work.done, len(self.steps)):
+                progress(i, len(self.steps))
+                self.steps[i]()
+                self.stats.sync()
+                self.work.save(i + 1)
+                self._drop(i)
+            progress(len(self.steps), len(self.steps))
 
     # The steps
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from dsq.convert.atomic import DiskError, sync, write_text
+from dsq.convert.atomic import DiskError, os_error, sync, write_text
 from dsq.errors import DsqError, InputError
 
 _LOCK, _STATE = "lock", "state.json"
@@ -26,21 +26,46 @@ class WorkDir(AbstractContextManager["WorkDir"]):
 
     A folder left by a run of the same `settings` is gone on with; of others, it is refused. Names
     with a dot in front are temporary and lost; a step may have a WorkDir of its own in here.
+    Operating system errors become one-line errors that name `out`, as in `atomic_files`.
     """
 
     def __init__(self, out: Path, settings: str) -> None:
-        self.path = out.with_name(f"{out.name}.partial")
+        self.out, self.path = out, _folder(out)
         self.done = 0
         self._settings = settings
         self._results: dict[str, Any] = {}
+        self._named: dict[str, Any] = {}  # see `finish_all`
         self._begun = False  # something is worth keeping
         self._refuse_foreign()
-        self._lock = _locked(self.path, out)
         try:
-            self._resume()
-        except BaseException:
-            os.close(self._lock)
-            raise
+            self._lock = _locked(self.path, out)
+            try:
+                self._resume()
+            except BaseException:
+                os.close(self._lock)
+                raise
+        except OSError as error:
+            raise os_error(error, out) from error
+
+    @staticmethod
+    def owns(out: Path) -> bool:
+        """Whether a run that was killed had given `out` its name, and was to clean up after it.
+
+        Such an output is in nobody's way: the same run takes it back and finishes it again.
+        """
+        folder = _folder(out)
+        try:
+            named = json.loads((folder / _STATE).read_text())["named"]
+        except (OSError, ValueError, KeyError):
+            return False
+        places = [(folder.parent / out, mark) for out, mark in named.values()]
+        ours = all(not path.exists() or _mark(path) == mark for path, mark in places)
+        return bool(named) and ours and _in_reach(folder, named)
+
+    @staticmethod
+    def is_left(out: Path) -> bool:
+        """Whether an unfinished run for `out` can be gone on with."""
+        return (_folder(out) / _STATE).exists()
 
     def _refuse_foreign(self) -> None:
         if self.path.is_dir() and not (self.path / _LOCK).exists():
@@ -61,7 +86,14 @@ class WorkDir(AbstractContextManager["WorkDir"]):
                     "threads or options); repeat those to finish it, delete the folder, or give "
                     "another output"
                 )
+            self._begun = _in_reach(self.path, found.get("named", {}))
+        if self._begun:
             self.done, self._results = int(found["done"]), found["results"]
+            for name, (out, _) in found.get("named", {}).items():
+                if not (self.path / name).exists():
+                    (self.path.parent / out).replace(self.path / name)
+        else:
+            state.unlink(missing_ok=True)  # first: it must not outlive the files it speaks of
         for path in self.path.iterdir():
             if path.name.startswith(".") or not (self._begun or path.name == _LOCK):
                 _remove(path)
@@ -69,7 +101,12 @@ class WorkDir(AbstractContextManager["WorkDir"]):
     def save(self, done: int) -> None:
         """From now on a killed run goes on after `done` steps. Their files are the caller's to sync
         (a power cut)."""
-        state = {"done": done, "settings": self._settings, "results": self._results}
+        state = {
+            "done": done,
+            "settings": self._settings,
+            "results": self._results,
+            "named": self._named,
+        }
         write_text(self.path / _STATE, json.dumps(state, indent=1))
         self.done, self._begun = done, True
 
@@ -90,16 +127,26 @@ class WorkDir(AbstractContextManager["WorkDir"]):
         self.finish_all({file: out})
 
     def finish_all(self, files: Mapping[str, Path]) -> None:
-        # The state first: it must not outlive the files that it speaks of.
-        (self.path / _STATE).unlink(missing_ok=True)
-        for file, out in files.items():
-            (self.path / file).replace(out)
+        """Give files (or folders) in here their final names, and remove this folder.
+
+        After a kill on the way the run is begun anew only when all names were given: until then
+        the state stays, and tells which files a run that goes on has to take back.
+        """
+        self._named = {
+            name: [os.path.relpath(out, self.path.parent), _mark(self.path / name)]
+            for name, out in files.items()
+        }
+        self.save(self.done)
+        for name, out in files.items():
+            (self.path / name).replace(out)
         for folder in {out.parent for out in files.values()}:
             sync(folder)
         self._clear()
 
     def _clear(self) -> None:
-        """Remove the folder; the lock last, which tells that the rest is ours."""
+        """Remove the folder: the state first, which must not outlive the files that it speaks of;
+        the lock last, which tells that the rest is ours."""
+        (self.path / _STATE).unlink(missing_ok=True)
         for path in self.path.iterdir():
             if path.name != _LOCK:
                 _remove(path)
@@ -112,10 +159,35 @@ class WorkDir(AbstractContextManager["WorkDir"]):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if error is not None and (_fails_again(error) or not self._begun):
-            with suppress(OSError):
-                self._clear()
-        os.close(self._lock)
+        try:
+            if error is not None and (_fails_again(error) or not self._begun):
+                with suppress(OSError):
+                    self._clear()
+        finally:
+            os.close(self._lock)
+        if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):  # of a report
+            raise os_error(error, self.out) from error
+
+
+def _folder(out: Path) -> Path:
+    return out.with_name(f"{out.name}.partial")
+
+
+def _mark(path: Path) -> list[int]:
+    """Tells whether a file or folder is still the same one under another name."""
+    state = path.stat(follow_symlinks=False)
+    return [state.st_ino, state.st_size, state.st_mtime_ns]
+
+
+def _in_reach(folder: Path, named: Mapping[str, Any]) -> bool:
+    """Whether each file that a run has begun to name is in its folder, or is what has the name."""
+    try:
+        return all(
+            (folder / name).exists() or _mark(folder.parent / out) == mark
+            for name, (out, mark) in named.items()
+        )
+    except FileNotFoundError:
+        return False
 
 
 def _fails_again(error: BaseException) -> bool:

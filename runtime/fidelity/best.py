@@ -7,7 +7,6 @@ part in any of it: the mean KL divergence there decides whether a step stays. Wh
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
@@ -17,27 +16,34 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from dsq.convert.atomic import check_target, os_error, sync, write_text
+from dsq.convert.atomic import check_target, sync
 from dsq.convert.checkpoint import GgufCheckpoint, HfCheckpoint, open_checkpoint
 from dsq.convert.gguf.metadata import KeyValue
 from dsq.convert.gguf.reader import read_gguf
 from dsq.convert.gguf.rewrite import rewrite_gguf
-from dsq.convert.identity import model_identity
 from dsq.convert.imatrix import Imatrix, sums_of_stats
 from dsq.convert.pipeline import GgufPlan, method_entries, plan_gguf, run_gguf_plan, with_method
 from dsq.convert.verify_tensors import METHOD
 from dsq.errors import InputError
-from dsq.quant.mix import Recipe, read_recipe
+from dsq.quant.mix import Recipe
 from dsq.quant.presets import PRESETS
+from dsq.quant.solver import DAMP
 from dsq.quant.stats import Stats, read_stats
 from dsq.quant.threads import default_threads
 from dsq.runtime.calibration import calibrate
 from dsq.runtime.calibration.workdir import WorkDir, settings_hash
 from dsq.runtime.decoder import Decoder, chosen_device
 from dsq.runtime.fidelity import compensate, distill
-from dsq.runtime.fidelity.mix import Budget, choose_recipe, measure_table, plan_recipe
+from dsq.runtime.fidelity.mix import (
+    Budget,
+    choose_recipe,
+    chosen_once,
+    measure_table,
+    plan_recipe,
+)
+from dsq.runtime.fidelity.source_check import source_identity
 from dsq.runtime.fidelity.teacher import Teacher
-from dsq.runtime.torch_engine import require_torch
+from dsq.runtime.torch_setup import need_torch, torch_threads
 
 Checkpoint = HfCheckpoint | GgufCheckpoint
 Ids = npt.NDArray[np.int32]
@@ -102,16 +108,18 @@ def best(
     *,
     force: bool = False,
     pre: str | None = None,
+    keep: Callable[[Recipe], None] = lambda recipe: None,
     tell: Tell = lambda line: None,
 ) -> Report:
     """Write to `out` the best file within `budget`, by calibrating on `windows` (n, n_ctx).
 
-    A run that was killed goes on where it was, and ends with the same bytes. Raises InputError for
+    A run that was killed goes on where it was, and ends with the same bytes. `keep` gets the mix
+    just before `out` has its name, once more after a kill between the two. Raises InputError for
     fewer than 16 windows, a budget that nothing fits, an output that exists (unless `force`) or is
     being written, and an unfinished run with other settings.
     """
     options = options or Options()
-    check_target(out, force=force)
+    check_target(out, force=force or WorkDir.owns(out))
     if len(windows) < 2 * HELD_OUT:
         raise InputError(
             f"{len(windows)} windows of {windows.shape[1]} tokens are too few: an eighth is held "
@@ -121,30 +129,22 @@ def best(
     n_held = len(windows) // HELD_OUT
     held, train = windows[np.sort(order[:n_held])], windows[np.sort(order[n_held:])]
     checkpoint = open_checkpoint(source)
-    require_torch(checkpoint.path)
-    import torch
-
+    need_torch("best-N")
     threads = options.n_threads or default_threads()
     options = replace(
         options, n_threads=threads, distill=replace(options.distill, n_threads=threads)
     )
     settings = settings_hash(
-        model_identity(checkpoint),
+        source_identity(checkpoint),
         (budget, options, pre, chosen_device(options.device)),
         [version(name) for name in ("dsq", "torch")],
         windows,
     )
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        with WorkDir(out, settings) as work:
-            run = _Best(checkpoint, work, train, held, options, pre, tell)
-            file, report = run.go(budget)
-            work.finish(file, out)
-    except OSError as error:
-        raise os_error(error, out) from error
-    finally:
-        torch.set_num_threads(before)
+    with WorkDir(out, settings) as work, torch_threads(threads):
+        run = _Best(checkpoint, work, train, held, options, pre, tell)
+        file, report = run.go(budget)
+        keep(report.recipe)
+        work.finish(file, out)
     return report
 
 
@@ -188,9 +188,7 @@ class _Best:
         if stock is not None:
             self._try(f"stock {stock.preset.name}", stock)
         self._try("mix", plan)
-        # What comes next starts from the better of the two.
-        base = plan if self._best_name() == "mix" or stock is None else stock
-        self._try("compensated", base, compensated=True)
+        self._try("compensated", plan, compensated=True)  # what the mix was chosen for
         self._distill()
         file = next(path for step, path in reversed(self.steps) if step.kept)
         report = Report(
@@ -235,17 +233,13 @@ class _Best:
         sync(self.folder / "judge" / "logits")
 
     def _recipe(self, stats: Stats, budget: Budget) -> tuple[Recipe, float]:
-        path = self.folder / "recipe.json"
-
-        def choose() -> float:
+        def choose() -> tuple[Recipe, float]:
             self.tell("measuring every matrix in every type")
-            table = measure_table(self.checkpoint, stats, n_threads=self.options.n_threads)
-            recipe, predicted = choose_recipe(table, budget)
-            write_text(path, json.dumps(recipe.to_json()))
-            return predicted
+            threads = self.options.n_threads
+            table = measure_table(self.checkpoint, stats, damp=DAMP, n_threads=threads)
+            return choose_recipe(table, budget)
 
-        predicted = self.work.once("recipe", choose)
-        return read_recipe(path), predicted
+        return chosen_once(self.work, choose)
 
     def _stock(self, plan: GgufPlan, imatrix: Imatrix) -> GgufPlan | None:
         """llama-quantize's largest preset that is no larger than the mix."""
@@ -311,6 +305,3 @@ class _Best:
         kept = all(kld < step.kld for step, _ in self.steps)
         self.steps.append((Step(name, round(bpw, 4), kld, kept), path))
         self.tell(f"{name}: {bpw:.3f} bpw, KLD {kld:.6f}{'' if kept else ' (not kept)'}")
-
-    def _best_name(self) -> str:
-        return min(self.steps, key=lambda s: s[0].kld)[0].name

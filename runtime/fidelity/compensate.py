@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from dsq.convert.atomic import check_space, os_error, sync
+from dsq.convert.atomic import check_space, sync
 from dsq.convert.checkpoint import GgufCheckpoint, HfCheckpoint
 from dsq.convert.gguf.writer import shard_paths
 from dsq.convert.names import gguf_name, permuted_heads
@@ -37,6 +37,7 @@ from dsq.runtime.calibration.workdir import WorkDir, settings_hash
 from dsq.runtime.decoder import STAGES, chosen_device, read_layer, read_tensor
 from dsq.runtime.fidelity.source_check import source_identity
 from dsq.runtime.fidelity.two_ways import Seen, TwoWays
+from dsq.runtime.torch_setup import need_torch, torch_threads
 
 if TYPE_CHECKING:
     from concurrent.futures import Executor
@@ -111,15 +112,9 @@ def quantize(
     damaged weights, an output that exists (unless `force`) or is being written, an unfinished run
     with other settings, and a disk too small or full (the finished layers are kept).
     """
-    try:
-        import torch
-    except ImportError as error:
-        raise InputError(
-            f"--method compensated needs PyTorch, which is not installed ({error}); "
-            "pip install 'dsq[torch]'"
-        ) from error
+    need_torch("--method compensated")
     options = options or Options()
-    check_outputs(checkpoint, plan, out, force=force)
+    check_outputs(checkpoint, plan, out, force=force or WorkDir.owns(out))
     device, threads = chosen_device(options.device), options.n_threads or default_threads()
     settings = settings_hash(
         source_identity(checkpoint),
@@ -128,32 +123,25 @@ def quantize(
         [version(name) for name in ("dsq", "torch")],
         ids,
     )
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        with WorkDir(out, settings) as work:
-            resumed = work.done
-            if not resumed:
-                needed = TwoWays.disk_bytes(checkpoint.spec, ids.size) + 2 * plan.layout.data_bytes
-                check_space(out, needed)
-            with _opened(checkpoint, plan.steps, ids, work, options.damp, device, threads) as made:
-                artifact = run_gguf_plan(
-                    checkpoint,
-                    plan,
-                    work.path / out.name,
-                    force=True,
-                    threads=threads,
-                    allow_nonfinite=allow_nonfinite,
-                    progress=progress,
-                    made=made.take,
-                )
-            paths = shard_paths(out, len(artifact.paths))
-            ready = [path.name for path in artifact.paths]
-            work.finish_all(dict(zip(ready, paths, strict=True)))
-    except OSError as error:
-        raise os_error(error, out) from error
-    finally:
-        torch.set_num_threads(before)
+    with WorkDir(out, settings) as work, torch_threads(threads):
+        resumed = work.done
+        if not resumed:
+            needed = TwoWays.disk_bytes(checkpoint.spec, ids.size) + 2 * plan.layout.data_bytes
+            check_space(out, needed)
+        with _opened(checkpoint, plan.steps, ids, work, options.damp, device, threads) as made:
+            artifact = run_gguf_plan(
+                checkpoint,
+                plan,
+                work.path / out.name,
+                force=True,
+                threads=threads,
+                allow_nonfinite=allow_nonfinite,
+                progress=progress,
+                made=made.take,
+            )
+        paths = shard_paths(out, len(artifact.paths))
+        ready = [path.name for path in artifact.paths]
+        work.finish_all(dict(zip(ready, paths, strict=True)))
     return Report(
         tuple(paths), artifact.size_bytes, ids.size, made.seconds, resumed, tuple(made.reports)
     )

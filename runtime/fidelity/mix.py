@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from dsq.convert.atomic import write_text
 from dsq.convert.checkpoint import GgufCheckpoint, HfCheckpoint
 from dsq.convert.names import ROPE_FREQS
 from dsq.convert.pipeline import GgufPlan, plan_gguf
 from dsq.errors import InputError
 from dsq.quant import mix
-from dsq.quant.mix import Choice, Recipe
+from dsq.quant.mix import Choice, Recipe, read_recipe
 from dsq.quant.plan import Options
 from dsq.quant.presets import PRESETS, Preset
 from dsq.quant.scheme import BY_NAME, GgmlType
 from dsq.quant.stats import Stats
+from dsq.runtime.calibration.workdir import WorkDir
+from dsq.runtime.fidelity.after_feedback import after_feedback
 from dsq.runtime.fidelity.sensitivity import EMBEDDING, matrices, sensitivities
 
 Checkpoint = HfCheckpoint | GgufCheckpoint
@@ -83,11 +87,16 @@ def measure_table(
     checkpoint: Checkpoint,
     stats: Stats,
     *,
+    damp: float | None = None,
     n_threads: int | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Table:
-    """See `sensitivity.sensitivities`."""
+    """See `sensitivity.sensitivities`. With the `damp` of error feedback, which is to follow, the
+    divergences are those that it leaves: see `after_feedback`."""
+    choices: Mapping[str, Sequence[Choice]]
     choices = sensitivities(checkpoint, stats, n_threads=n_threads, progress=progress)
+    if damp is not None:
+        choices = after_feedback(checkpoint, stats, choices, damp=damp, n_threads=n_threads)
     return _table(checkpoint, choices)
 
 
@@ -133,6 +142,19 @@ def choose_recipe(table: Table, budget: Budget) -> tuple[Recipe, float]:
         types[EMBEDDING] = table.embedding_type(bpw)
     about = {"target": str(budget), "predicted_kld": float(f"{found.kld:.6g}")}
     return Recipe(types, about), found.kld
+
+
+def chosen_once(work: WorkDir, choose: Callable[[], tuple[Recipe, float]]) -> tuple[Recipe, float]:
+    """What `choose` (see `choose_recipe`) gives: now, or in the run that this one goes on with."""
+    path = work.path / "recipe.json"
+
+    def chosen() -> float:
+        recipe, predicted = choose()
+        write_text(path, json.dumps(recipe.to_json()))
+        return predicted
+
+    predicted = work.once("recipe", chosen)
+    return read_recipe(path), predicted
 
 
 def plan_recipe(checkpoint: Checkpoint, recipe: Recipe, where: str, **settings: object) -> GgufPlan:

@@ -5,8 +5,8 @@ To second order, a change δW of one linear changes the mean KL divergence of th
     ½ Σ_o g_o δw_o H δw_oᵀ,    H = E[x xᵀ],    g_o = E[(∂L/∂y_o)²],
 
 with statistics from `dsq calibrate --hessians --gradients` (see `fisher` for L). δW is the error of
-ggml's plain rounding with the importance matrix: the prediction is good there, and after error
-compensation the order of types stays. Of a large tensor a seeded sample of rows is measured.
+ggml's plain rounding with the importance matrix; what error feedback leaves of it is measured in
+`after_feedback`. Of a large tensor a seeded sample of rows is measured.
 """
 
 from __future__ import annotations

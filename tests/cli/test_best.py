@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from dsq.cli.main import main
 from dsq.convert.checkpoint import open_checkpoint
 from dsq.convert.gguf.reader import read_gguf
+from dsq.runtime.calibration.workdir import WorkDir
+from dsq.runtime.fidelity import mix
 from dsq.runtime.source import Source
 from tests.cli.test_main import fails
 from tests.models import TINY_CODER, llama_config, write_hf
+from tests.runtime.changed import changed
+from tests.runtime.dying import die
 
 pytestmark = pytest.mark.torch
 
 HELDOUT = TINY_CODER / "heldout.txt"
+SMALL = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1}
+CALIBRATE = ("--calibrate", "--text", HELDOUT, "--ctx", "64", "--tokens", "512", "-t", "1")
 
 
 @pytest.fixture(scope="module")
@@ -26,6 +35,22 @@ def stats(tmp_path_factory: pytest.TempPathFactory) -> Path:
     command += ["--ctx", "128", "--hessians", "--gradients", "-o", str(out), "--json"]
     assert main(command) == 0
     return out
+
+
+@pytest.fixture(scope="module", autouse=True)
+def measured_once() -> Iterator[None]:
+    """The table of a model and its statistics, which most tests here need."""
+    sensitivities, tables = mix.sensitivities, {}
+
+    def remembered(checkpoint: Any, stats: Any, **settings: Any) -> Any:
+        key = checkpoint.path, stats.path
+        if key not in tables:
+            tables[key] = sensitivities(checkpoint, stats, **settings)
+        return tables[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mix, "sensitivities", remembered)
+        yield
 
 
 def quantize(capsys: pytest.CaptureFixture[str], *args: object) -> dict[str, object]:
@@ -109,6 +134,75 @@ def test_best(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         "dsq.quantize.dataset": "heldout.txt",
         "dsq.quantize.tokens": 56 * 128,
     }
+
+
+@pytest.mark.parametrize(
+    "places",
+    [
+        pytest.param(
+            (
+                "dsq.runtime.calibration.steps:Steps._output",  # of the statistics
+                "dsq.runtime.fidelity.mix:sensitivities",
+                "dsq.runtime.fidelity.two_ways:TwoWays.see",
+                "dsq.runtime.calibration.workdir:WorkDir.finish_all",
+            ),
+            id="in every step",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(("dsq.runtime.fidelity.mix:sensitivities",), id="once"),
+    ],
+)
+def test_killed_and_run_again(
+    tmp_path: Path, places: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The statistics are not made again, and the file has the same bytes."""
+    model = write_hf(tmp_path / "hf", llama_config(**SMALL))
+    command = ["--target-bpw", "6", model, "--method", "compensated", *CALIBRATE]
+    whole, out = tmp_path / "whole.gguf", tmp_path / "out.gguf"
+    quantize(capsys, *command, "-o", whole)
+    recipes = [file.with_suffix(".recipe.json") for file in (whole, out)]
+    command += ["-o", out, "--save-recipe", recipes[1]]
+    for where in places:
+        code = "from dsq.cli.main import main\nmain(command)"
+        die(code, where, 1, command=["quantize", *map(str, command)])
+        assert not out.exists()
+        assert (tmp_path / "out.gguf.partial").is_dir()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dsq.runtime.calibration.steps.Steps._embed", None)  # it is not begun anew
+        report = quantize(capsys, *command)
+    assert report["files"] == [str(out)]
+    assert out.read_bytes() == whole.read_bytes()
+    assert recipes[0].read_bytes() == recipes[1].read_bytes()
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {"hf", *(path.name for path in (whole, out, *recipes))}
+
+
+def test_an_unfinished_mix_is_not_mixed_with_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*args: object, **named: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.chdir(tmp_path)
+    original, model = write_hf(tmp_path / "original", llama_config(**SMALL)), tmp_path / "hf"
+    shutil.copytree(original, model)
+    command = ["--target-bpw", "6", model, *CALIBRATE, "-o", "out.gguf"]
+    with monkeypatch.context() as patch:
+        patch.setattr("dsq.runtime.fidelity.mix.sensitivities", interrupted)
+        assert main(["quantize", *map(str, command)]) == 130
+    words = fails(capsys, "quantize", "--target-bpw", "7", *command[2:])
+    assert "out.gguf.partial holds an unfinished run with other settings" in words
+    changed(original, model, "model.layers.0.mlp.up_proj.weight", 0.5)  # in the last row
+    words = fails(capsys, "quantize", *command)
+    assert "out.gguf.partial holds an unfinished run with other settings" in words
+    with WorkDir(tmp_path / "b.gguf", "settings"):
+        words = fails(capsys, "quantize", *command[:-1], "b.gguf")
+    assert "b.gguf is being written by another run" in words
+    # Without -o the name is not known yet; nothing is left of a look at the table.
+    report = quantize(capsys, *command[:-2], "--dry-run")
+    assert str(report["output"]).startswith("hf-")
+    left = {path.name for path in tmp_path.glob("*gguf*")}
+    assert left == {"out.gguf.partial", "b.gguf.partial"}
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,7 @@ from dsq.runtime.calibration.calibrate import Options, calibrate, choose_windows
 from dsq.runtime.calibration.moments import Moments
 from dsq.runtime.calibration.workdir import WorkDir
 from tests.models import TINY_CODER, llama_config, random_weights, write_hf, write_safetensors
+from tests.runtime.changed import changed
 
 pytestmark = pytest.mark.torch
 
@@ -362,6 +363,18 @@ def test_an_interrupted_run_is_not_mixed_with_another(model: Path, tmp_path: Pat
     with pytest.raises(InputError, match=r"s\.partial holds an unfinished run with other settings"):
         calibrate(model, out, windows(model), options=ALL)
     assert calibrate(model, out, windows(model), options=FEW).resumed_steps == 2
+
+
+def test_an_interrupted_run_of_other_weights_is_not_gone_on_with(
+    model: Path, tmp_path: Path
+) -> None:
+    source, out = tmp_path / "hf", tmp_path / "s"
+    shutil.copytree(model, source)
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(source, out, windows(source), options=FEW, progress=stop_at(2))
+    changed(model, source, "model.layers.2.mlp.up_proj.weight", 0.5)  # in the last row
+    with pytest.raises(InputError, match=r"s\.partial holds an unfinished run with other settings"):
+        calibrate(source, out, windows(source), options=FEW)
 
 
 def test_two_runs_on_one_output(model: Path, tmp_path: Path) -> None:

@@ -135,3 +135,62 @@ def test_reset_keeps_the_system_message(tokenizer: Tokenizer) -> None:
     chat.send("left")
     chat.reset()
     assert roles(chat) == [("system", "s")]
+
+
+def test_an_interrupted_message_leaves_its_file_for_the_next(tokenizer: Tokenizer) -> None:
+    def at_once() -> Iterator[int]:
+        raise KeyboardInterrupt
+        yield 0
+
+    chat = session(tokenizer, at_once())
+    chat.attached = ["#a.py"]
+    with pytest.raises(KeyboardInterrupt):
+        list(chat.send("hi"))
+    chat._engine.script = iter([A, EOT_ID])  # type: ignore[attr-defined]
+    list(chat.send("hello"))
+    assert roles(chat)[1] == ("user", "#a.py\n---\n\nhello")
+    assert chat.attached == []
+
+
+def test_undo_and_regenerate(tokenizer: Tokenizer) -> None:
+    chat = session(tokenizer, [A, EOT_ID, B, EOT_ID, C, EOT_ID])
+    list(chat.send("hi"))
+    list(chat.send("more"))
+    assert "".join(chat.regenerate()) == "c"
+    assert roles(chat)[1:] == [
+        *(("user", "hi"), ("assistant", "a")),
+        *(("user", "more"), ("assistant", "c")),
+    ]
+    assert [chat.undo(), chat.undo(), chat.undo()] == ["more", "hi", None]
+    assert roles(chat) == [("system", "s")]
+    with pytest.raises(InputError, match="no message yet"):
+        chat.regenerate()
+
+
+def test_the_oldest_turns_make_room_and_the_repository_stays(tokenizer: Tokenizer) -> None:
+    script = [token for _ in range(40) for token in (A, B, EOT_ID)]
+    chat = session(tokenizer, script, n_ctx=400)
+    chat.files = "#r.py"
+    dropped = []
+    for i in range(30):
+        list(chat.send(f"message {i}"))
+        dropped.append(chat.n_dropped)
+        assert chat.n_used <= 400
+        assert roles(chat)[0] == ("system", "s")
+        assert roles(chat)[-2:] == [("user", f"message {i}"), ("assistant", "ab")]
+        assert "#r.py\n---\n\nmessage" in tokenizer.decode(chat._engine.tokens)
+    assert sum(dropped) == 30 - len(chat.turns())
+    assert 0 < sum(map(bool, dropped)) < sum(dropped)  # several at once, not one every time
+    with pytest.raises(InputError, match="but a context of 400 holds at most"):
+        chat.send("x" * 500)
+    assert roles(chat)[-2] == ("user", "message 29")
+
+
+def test_the_system_message_can_change(tokenizer: Tokenizer) -> None:
+    chat = session(tokenizer, [A, EOT_ID])
+    list(chat.send("hi"))
+    chat.system = "t"
+    assert roles(chat)[:2] == [("system", "t"), ("user", "hi")]
+    chat.system = None
+    assert chat.system is None
+    assert roles(chat)[0] == ("user", "hi")

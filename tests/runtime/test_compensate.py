@@ -189,6 +189,27 @@ def test_one_token_again_and_again(tmp_path: Path) -> None:
         assert ggml.is_valid(file.data(name), info.type), name
 
 
+def test_dead_channels_are_told_and_harm_nothing(tmp_path: Path) -> None:
+    """Two norm gains of zero: what the layer's matrices read is never active there."""
+    config = llama_config(num_hidden_layers=1)
+    source, out = write_hf(tmp_path / "model", config, dtype="F32"), tmp_path / "out.gguf"
+    weights = random_weights(config)
+    weights["model.layers.0.post_attention_layernorm.weight"][[3, 200]] = 0
+    write_safetensors(source / "model.safetensors", weights, "F32")
+    ids = np.random.default_rng(0).integers(0, 4000, (2, 64)).astype(np.int32)
+    _, reports = quantize(source, "q8_0", out, ids, None)
+    dead = {report.name: report.dead_channels for report in reports if report.dead_channels}
+    assert dead == {"blk.0.ffn_gate.weight": 2, "blk.0.ffn_up.weight": 2}
+    file = read_gguf(out)
+    for name, info in file.tensors.items():
+        assert ggml.is_valid(file.data(name), info.type), name
+    # They are rounded to the nearest, as if there were no feedback.
+    info = file.tensors["blk.0.ffn_up.weight"]
+    up = ggml.dequantize(file.data(info.name), info.type, info.shape[-1])
+    wanted = weights["model.layers.0.mlp.up_proj.weight"][:, [3, 200]]
+    assert np.abs(up[:, [3, 200]] - wanted).max() < 0.01 * np.abs(up).max()
+
+
 def test_two_equal_ways_lack_nothing(tmp_path: Path) -> None:
     """With the weights left as they are, both ways are transformers' (see test_decoder)."""
     checkpoint = open_checkpoint(

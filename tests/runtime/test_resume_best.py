@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from dsq.errors import InputError
-from dsq.runtime.fidelity.best import Options, Report, best
+from dsq.runtime.calibration.workdir import WorkDir
+from dsq.runtime.fidelity.best import Options, Report, best, calibrate
 from dsq.runtime.fidelity.mix import Budget
 from tests.models import llama_config, write_hf
+from tests.runtime.changed import changed
 from tests.runtime.dying import die
 
 pytest.importorskip("torch")
-pytestmark = [pytest.mark.torch, pytest.mark.slow]
+pytestmark = pytest.mark.torch
 
 BORDER = "dsq.runtime.calibration.borders:Border.write"
 IDS = np.random.default_rng(0).integers(0, 4000, (16, 32)).astype(np.int32)
@@ -35,6 +38,7 @@ run(Path(model), Path(out))
 """
 
 
+@pytest.mark.slow
 def test_killed_in_one_step_after_the_other(tmp_path: Path) -> None:
     model = write_hf(tmp_path / "hf", llama_config())
     out, whole = tmp_path / "m.gguf", tmp_path / "whole.gguf"
@@ -60,3 +64,29 @@ def test_killed_in_one_step_after_the_other(tmp_path: Path) -> None:
     # All that was left to do is to say how the steps came out.
     assert told_again == [line for line in told if "KLD" in line]
     assert {path.name for path in tmp_path.iterdir()} == {"hf", "m.gguf", "whole.gguf"}
+
+
+def interrupted(*args: object, **named: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_a_source_that_changed_is_not_gone_on_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not even in a matrix's last row, and with the same sizes."""
+    original, out = write_hf(tmp_path / "original", llama_config()), tmp_path / "m.gguf"
+    model = tmp_path / "hf"
+    shutil.copytree(original, model)
+    monkeypatch.setattr(calibrate, "calibrate", interrupted)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            run(model, out)
+    changed(original, model, "model.layers.1.mlp.up_proj.weight", 0.5)
+    with pytest.raises(InputError, match="holds an unfinished run with other settings"):
+        run(model, out)
+
+
+def test_two_runs_on_one_output(tmp_path: Path) -> None:
+    model, out = write_hf(tmp_path / "hf", llama_config()), tmp_path / "m.gguf"
+    with WorkDir(out, "settings"), pytest.raises(InputError, match="being written by another run"):
+        run(model, out)

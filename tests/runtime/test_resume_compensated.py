@@ -22,6 +22,7 @@ from dsq.quant.presets import preset
 from dsq.runtime.calibration.workdir import WorkDir
 from dsq.runtime.fidelity import compensate, two_ways
 from tests.models import llama_config, write_hf
+from tests.runtime.changed import changed
 from tests.runtime.dying import die
 
 pytest.importorskip("torch")
@@ -93,7 +94,7 @@ SLAB = "dsq.convert.gguf.writer:start_writeback"
         pytest.param("safetensors.numpy:save", 2, 1, id="before a layer's file"),
         pytest.param(SAVE, 3, 1, id="after a layer's file"),
         pytest.param(SLAB, 40, 3, id="the GGUF"),
-        pytest.param("pathlib:Path.replace", 6, 0, id="naming it"),
+        pytest.param("pathlib:Path.replace", 7, 3, id="naming it"),
     ],
 )
 def test_killed_and_run_again_gives_the_same_bytes(
@@ -199,6 +200,15 @@ def test_an_unfinished_run_is_not_mixed_with_another(
             quantize(model, out, **other)
     assert quantize(model, out).resumed_layers == 1
     assert out.read_bytes() == whole.bytes
+
+
+def test_other_weights_are_not_gone_on_with(model: Path, tmp_path: Path) -> None:
+    source, out = tmp_path / "hf", tmp_path / "m.gguf"
+    shutil.copytree(model, source)
+    die(_CHILD, WRITE, 22, model=source, out=out)
+    changed(model, source, "model.layers.2.mlp.up_proj.weight", 0.5)  # in the last row
+    with pytest.raises(InputError, match="holds an unfinished run with other settings"):
+        quantize(source, out)
 
 
 def test_two_runs_on_one_output(model: Path, tmp_path: Path) -> None:
