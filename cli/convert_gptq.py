@@ -8,15 +8,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dsq.cli import calibration_text, common
+from dsq.cli.calibrate import count
+from dsq.cli.compensation import tell_distilled
 from dsq.cli.progress import progress_bar
 from dsq.errors import InputError
 
 if TYPE_CHECKING:
-    from dsq.runtime.fidelity.gptq import Plan
+    from collections.abc import Callable
+
+    from dsq.runtime.fidelity.gptq_plan import Plan
 
 OPTIONS = (
     *("bits", "group_size", "act_order", "static_groups", "sym", "asym", "format", "dynamic"),
-    "allow_ragged",
+    *("allow_ragged", "distill"),
 )
 
 
@@ -36,7 +40,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "which some kernels read slowly, unless --static-groups",
     )
     group.add_argument(
-        "--static-groups", action="store_true", help="groups stay runs of inputs with --act-order"
+        "--static-groups",
+        action="store_true",
+        help="groups stay runs of inputs with --act-order: about as faithful, and a GGUF can be "
+        "made of the codes",
     )
     sym = group.add_mutually_exclusive_group()
     sym.add_argument("--sym", action="store_true", help="no zero points (default)")
@@ -55,6 +62,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="the last group of a row may be short: GPTQModel reads it, transformers on the CPU "
         "does not",
+    )
+    group.add_argument(
+        "--distill",
+        type=count,
+        metavar="N",
+        help="tune scales and norm gains on N of the tokens, until the model predicts as SRC does",
     )
 
 
@@ -77,6 +90,7 @@ def run(args: argparse.Namespace) -> int:
     from dsq.convert.checkpoint import open_checkpoint
     from dsq.convert.hf.quantized_dir import check_output
     from dsq.convert.rope import describe
+    from dsq.runtime.calibration.workdir import WorkDir
     from dsq.runtime.fidelity.gptq import convert
 
     if args.static_groups and not args.act_order:
@@ -107,16 +121,17 @@ def run(args: argparse.Namespace) -> int:
             for name, dtype, shape in tensors:
                 print(f"{name:<52} {dtype:>5} {tuple(shape)}")
         return 0
-    check_output(out.resolve(), force=args.force)  # before the reading, which takes a while
+    free = args.force or WorkDir.owns(out.resolve())
+    check_output(out.resolve(), force=free)  # before the reading, which takes a while
     text = calibration_text.windows(args, checkpoint)
-    with progress_bar(f"→ {out}", checkpoint.spec.n_layer, quiet=args.json) as advance:
+    with progress_bar(f"→ {out}", 1000, quiet=args.json) as advance:
         made = convert(
             plan,
             text.ids,
             out,
             force=args.force,
             pre=args.pre,
-            progress=lambda done, total: advance(1),
+            progress=_thousandths(advance),
         )
     if args.json:
         common.print_json({**report, **made.to_json(), "text": text.about})
@@ -132,13 +147,29 @@ def run(args: argparse.Namespace) -> int:
         f"{len(made.tensors)} matrices on {made.n_tokens:,} tokens in {made.seconds:.0f} s: damp "
         f"{dampings}, {share:.2f} of plain rounding's error in a layer"
     )
+    if made.distillation is not None:
+        tell_distilled(made.distillation.to_json())
     return 0
+
+
+def _thousandths(advance: Callable[[int], None]) -> Callable[[float], None]:
+    """A progress in shares, for a bar of thousand steps."""
+    shown = 0
+
+    def tell(share: float) -> None:
+        nonlocal shown
+        now = int(1000 * share)
+        advance(now - shown)
+        shown = now
+
+    return tell
 
 
 def _plan(args: argparse.Namespace, checkpoint: Any) -> Plan:
     from dsq.quant.gptq import Scheme
     from dsq.quant.solver import DAMP
-    from dsq.runtime.fidelity.gptq import Options, Override, plan_gptq
+    from dsq.runtime.fidelity import distill
+    from dsq.runtime.fidelity.gptq_plan import Options, Override, plan_gptq
 
     scheme = Scheme(
         args.bits or 4,
@@ -155,5 +186,7 @@ def _plan(args: argparse.Namespace, checkpoint: Any) -> Plan:
         damp=DAMP if args.damp is None else args.damp,
         n_threads=args.threads,
         device=args.device or "auto",
+        distill=distill.Options(seed=args.seed) if args.distill else None,
+        distill_tokens=args.distill,
     )
     return plan_gptq(checkpoint, options)

@@ -255,6 +255,12 @@ def search(wanted: Tensor, bits: int, *, sym: bool, least_zero: int = 0) -> tupl
         best = torch.where(better, gain, best)
         best_scale = torch.where(better, torch.where(size > 0, fitted, scale), best_scale)
         best_zero = torch.where(better, zero, best_zero)
-    best_scale = best_scale.half().float()
-    tiny = best_scale.abs() < _F16_LEAST
-    return torch.where(tiny, torch.full_like(best_scale, _F16_LEAST), best_scale), best_zero
+    return as_f16(best_scale), best_zero
+
+
+def as_f16(scale: Tensor) -> Tensor:
+    """The nearest values that f16 holds, in float32 and never 0, which readers refuse."""
+    import torch
+
+    scale = scale.clamp(-_F16_MAX, _F16_MAX).half().float()
+    return torch.where(scale.abs() < _F16_LEAST, _F16_LEAST, scale)

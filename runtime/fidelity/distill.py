@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -26,18 +25,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from dsq.convert.atomic import check_target, os_error, sync
+from dsq.convert.atomic import check_target, sync
 from dsq.convert.checkpoint import GgufCheckpoint, HfCheckpoint, open_checkpoint
-from dsq.convert.names import gguf_name, permuted_heads
-from dsq.convert.tensor_plan import interleaved_rows
 from dsq.errors import DsqError, InputError
 from dsq.quant.threads import default_threads
 from dsq.runtime.calibration.workdir import WorkDir, settings_hash
 from dsq.runtime.decoder import Decoder
+from dsq.runtime.fidelity.gguf_student import GgufStudent, check_pair
 from dsq.runtime.fidelity.source_check import source_identity
-from dsq.runtime.fidelity.student import Student
+from dsq.runtime.fidelity.student import Parts, Student
 from dsq.runtime.fidelity.teacher import Teacher
 from dsq.runtime.fidelity.teacher import kld as divergence
+from dsq.runtime.torch_setup import need_torch, torch_threads
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -55,6 +54,8 @@ _STATE = (
 )
 # A look this much above the best: the steps are too large, and the way since the best is undone.
 _WORSE, _SLOWER = 1.02, 0.3
+
+LEAST_WINDOWS = 4
 
 
 @dataclass(frozen=True)
@@ -107,38 +108,54 @@ def distill(
     Nothing is changed when the held-out windows show no gain: `out` is then a copy. Raises
     InputError for fewer than four windows and for two models of different shapes.
     """
-    import torch
-
+    need_torch("--distill")
     options = options or Options()
-    check_target(out, force=force, n_bytes=quantized.stat().st_size)
-    torch.set_num_threads(options.n_threads or default_threads())
+    check_target(out, force=force or WorkDir.owns(out), n_bytes=quantized.stat().st_size)
     source, file = open_checkpoint(original), open_checkpoint(quantized)
     if not isinstance(file, GgufCheckpoint):
         raise InputError(f"{quantized}: only a GGUF can be distilled; quantize first")
     if len(file.gguf.shards) > 1:
         raise InputError(f"{quantized}: a split GGUF cannot be distilled; distill one file")
-    _check_pair(source, file)
-    train, held = _split(windows, options)
+    check_pair(source, file)
+    split(windows, options)
+    student = GgufStudent(file, options.device)
+    settings = _settings(source, quantized, windows, options)
+    with WorkDir(out, settings) as work, torch_threads(options.n_threads or default_threads()):
+        report = train(work, source, student.parts, windows, options, progress)
+        student.write(work.path / _RESULT)
+        work.finish(_RESULT, out)
+    return report
+
+
+def train(
+    work: WorkDir,
+    source: HfCheckpoint | GgufCheckpoint,
+    parts: Parts,
+    windows: Ids,
+    options: Options,
+    progress: Progress = lambda what, done, total, ratio: None,
+) -> Report:
+    """Tune the numbers of `parts` in place; what is left to do is to write them.
+
+    The original's predictions, and the state at each look at the held-out windows, are kept in
+    `work`. The caller sets the number of threads.
+    """
     start = time.perf_counter()
-    try:
-        with WorkDir(out, _settings(source, quantized, windows, options)) as work:
-            graph = Decoder(source.spec, windows.shape[1], options.device)
-            teacher = Teacher(source, graph, np.concatenate([held, train]), work.path)
-            if not work.done:
-                teacher.run(lambda done, total: progress("original", done, total, math.nan))
-                work.save(1)
-            seconds_original = time.perf_counter() - start
-            student = Student(file, graph, options.batch_tokens, options.keep_bytes)
-            run = _Run(student, teacher, held, train, options, progress)
-            run.go(work.path)
-            _write(file, student, work.path / _RESULT)
-            work.finish(_RESULT, out)
-    except OSError as error:
-        raise os_error(error, out) from error
+    learned, held = split(windows, options)
+    graph = Decoder(source.spec, windows.shape[1], options.device)
+    teacher = Teacher(source, graph, np.concatenate([held, learned]), work.path)
+    work.once(
+        "original",
+        lambda: teacher.run(lambda done, total: progress("original", done, total, math.nan)),
+    )
+    seconds_original = time.perf_counter() - start
+    student = Student(parts, graph, options.batch_tokens, options.keep_bytes)
+    run = _Run(student, teacher, held, learned, options, progress)
+    run.go(work.path)
     return Report(
         steps=run.step,
         best_step=run.best_step,
-        n_train_tokens=int(train.size),
+        n_train_tokens=int(learned.size),
         n_held_out_tokens=int(held.size),
         kld_before=run.kld_before,
         kld_after=run.kld_best,
@@ -161,19 +178,9 @@ def _settings(
     )
 
 
-def _check_pair(source: HfCheckpoint | GgufCheckpoint, file: GgufCheckpoint) -> None:
-    for key in ("n_layer", "n_embd", "n_ff", "n_head", "n_head_kv", "head_dim", "n_vocab"):
-        mine, theirs = getattr(file.spec, key), getattr(source.spec, key)
-        if mine != theirs:
-            raise InputError(
-                f"{file.path}: {key} is {mine}, but {theirs} in {source.path}; give the model "
-                "that the file was quantized from"
-            )
-
-
-def _split(windows: Ids, options: Options) -> tuple[Ids, Ids]:
+def split(windows: Ids, options: Options) -> tuple[Ids, Ids]:
     """(train, held out), by the seed; at least one window is held out."""
-    if len(windows) < 4:
+    if len(windows) < LEAST_WINDOWS:
         raise InputError(
             f"{len(windows)} windows of {windows.shape[1]} tokens are too few to distill on; give "
             "more text"
@@ -327,25 +334,3 @@ def _schedule(step: int, total: int) -> float:
     """A short warm-up, then half a cosine."""
     warm = min(1.0, (step + 1) / max(1, total // 20))
     return warm * 0.5 * (1 + math.cos(math.pi * step / total))
-
-
-def _write(file: GgufCheckpoint, student: Student, out: Path) -> None:
-    """A copy of the file with the learned numbers in it."""
-    shutil.copyfile(file.path, out)
-    with open(out, "r+b") as target:
-        for name, data in _changed(file, student):
-            info = file.tensors[name]
-            if len(data) != info.n_bytes:
-                raise DsqError(f"{name}: {len(data)} bytes where {info.n_bytes} are stored")
-            target.seek(info.offset)
-            target.write(data)
-    sync(out)
-
-
-def _changed(file: GgufCheckpoint, student: Student) -> Iterator[tuple[str, bytes]]:
-    for name, tensor in student.tunables.items():
-        gguf, packed = gguf_name(name), tensor.packed()
-        heads = permuted_heads(gguf, file.spec)
-        yield gguf, (packed[interleaved_rows(len(packed), heads)] if heads else packed).tobytes()
-    for name, gain in student.gains.items():
-        yield gguf_name(name), gain.weight().detach().cpu().numpy().astype("<f4").tobytes()

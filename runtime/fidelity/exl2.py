@@ -8,6 +8,7 @@ f16, as in exllamav2's own files.
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,17 +22,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from dsq.convert.atomic import check_space, os_error
+from dsq.convert.atomic import check_space, os_error, write_text
 from dsq.convert.hf.quantized_dir import (
     DirectoryWriter,
-    OutTensor,
     check_output,
     dense_data,
     model_files,
 )
+from dsq.convert.hf.shards import OutTensor
 from dsq.convert.names import expected_tensors
 from dsq.convert.pipeline import source_files
-from dsq.errors import InputError
+from dsq.errors import DsqError, InputError
 from dsq.quant.exl2 import Order, Scheme, ordered, padded, quantize
 from dsq.quant.exl2_layout import pack
 from dsq.quant.exl2_measurement import Measurement
@@ -114,7 +115,7 @@ def convert(
     checkpoint, options = plan.checkpoint, plan.options
     require_torch(checkpoint.path)
     out = out.resolve()
-    check_output(out, force=force)
+    check_output(out, force=force or WorkDir.owns(out))
     if any(out in file.resolve().parents for file in source_files(checkpoint)):
         raise InputError(f"{out} holds the source itself; give another output")
     device = chosen_device(options.device)
@@ -147,7 +148,7 @@ def convert(
                 setup = Setup(checkpoint, ids, stats, options.damp, device, threads)
                 measurement = measure(setup, work, calibration, tell)
             measured = time.perf_counter()
-            chosen = work.once("allocation", partial(_allocated, plan, measurement, work))
+            chosen = work.once("allocation", partial(_allocated, plan, measurement, work, out))
             schemes = {name: Scheme.from_json(runs) for name, runs in chosen["schemes"].items()}
             tensors = plan.tensors(schemes)
             with DirectoryWriter(work.path, out, tensors) as writer:
@@ -192,9 +193,19 @@ def _disk_bytes(plan: Plan, n_tokens: int) -> int:
     return plan.size_bytes + TwoWays.disk_bytes(spec, n_tokens) + measured
 
 
-def _allocated(plan: Plan, measurement: Measurement, work: WorkDir) -> dict[str, Any]:
-    """The choice; `steps`: how many are done with it, and come before the layers."""
-    found = allocate(measurement.options, plan.n_weights, plan.options.bpw)
+def _allocated(plan: Plan, measurement: Measurement, work: WorkDir, out: Path) -> dict[str, Any]:
+    """The choice; `steps`: how many are done with it, and come before the layers.
+
+    Without one, the measurement of this run is kept beside `out`.
+    """
+    try:
+        found = allocate(measurement.options, plan.n_weights, plan.options.bpw)
+    except DsqError as error:
+        if plan.measurement is not None:
+            raise
+        kept = out.with_name(f"{out.name}.{MEASUREMENT}")
+        write_text(kept, json.dumps(measurement.to_json()))
+        raise type(error)(f"{error}; what was measured is kept: --measurement {kept}") from error
     schemes = {name: scheme.to_json() for name, scheme in found.schemes.items()}
     steps = work.done + 1
     return {"schemes": schemes, "bpw": found.bpw, "error": found.error, "steps": steps}

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from dsq.convert.checkpoint import GgufCheckpoint, HfCheckpoint
-from dsq.convert.hf.quantized_dir import OutTensor, dense_tensor, dense_type
+from dsq.convert.hf.quantized_dir import dense_tensor, dense_type
+from dsq.convert.hf.shards import OutTensor
 from dsq.convert.identity import model_identity
 from dsq.convert.names import expected_tensors
 from dsq.errors import InputError

@@ -2,120 +2,45 @@
 
 Each matrix makes up for its own errors and for those before it, as `compensate` does for GGUF: see
 `two_ways`, `dsq.quant.solver`, and docs/fidelity.md. Embedding, norms, biases and head keep the
-source's type.
+source's type. With `Options.distill`, scales and norm gains are tuned at the end: see `distill`.
 """
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from dsq.convert.atomic import check_space, os_error
+from dsq.convert.atomic import check_space
 from dsq.convert.checkpoint import GgufCheckpoint, HfCheckpoint
-from dsq.convert.hf.quantized_dir import (
-    DirectoryWriter,
-    OutTensor,
-    check_output,
-    dense_data,
-    dense_tensor,
-    dense_type,
-    model_files,
-)
-from dsq.convert.names import expected_tensors
+from dsq.convert.hf.quantized_dir import DirectoryWriter, check_output, dense_data, model_files
 from dsq.convert.pipeline import source_files
 from dsq.errors import InputError
 from dsq.quant.gptq import Scheme, ordered, quantize
-from dsq.quant.gptq_layout import Format, GptqTensor, pack, part_shapes
-from dsq.quant.scheme import BF16, GgmlType
-from dsq.quant.solver import DAMP
+from dsq.quant.gptq_layout import pack
 from dsq.quant.threads import default_threads
 from dsq.runtime.calibration.workdir import WorkDir, settings_hash
 from dsq.runtime.decoder import STAGES, chosen_device, read_layer, read_tensor
+from dsq.runtime.fidelity import distill, gptq_student
+from dsq.runtime.fidelity.gptq_plan import LINEARS, Linear, Plan, quantization_config
 from dsq.runtime.fidelity.source_check import check_weights, source_identity
+from dsq.runtime.fidelity.student import EMBEDDING, as_stored
+from dsq.runtime.fidelity.teacher import Teacher
 from dsq.runtime.fidelity.two_ways import Seen, TwoWays
-from dsq.runtime.torch_engine import require_torch
+from dsq.runtime.torch_setup import need_torch, torch_threads
 
-if TYPE_CHECKING:
-    from torch import Tensor
+Ids = npt.NDArray[np.int32]
+Progress = Callable[[float], None]  # told the share of the work that is done
 
-_EMBEDDING = "model.embed_tokens.weight"
-_LINEARS = tuple(name for names in STAGES.values() for name in names)
-Progress = Callable[[int, int], None]
-
-
-@dataclass(frozen=True)
-class Override:
-    """What a matrix whose module's name starts with a match of `pattern` has instead; None: it is
-    left as it is. The first of several wins, as in GPTQModel's `dynamic`."""
-
-    pattern: str
-    bits: int | None
-    group_size: int | None = None
-
-
-@dataclass(frozen=True)
-class Options:
-    """`damp`: what is added to a Hessian's diagonal, as a share of its mean."""
-
-    scheme: Scheme
-    checkpoint_format: Format = "gptq"
-    dynamic: tuple[Override, ...] = ()
-    allow_ragged: bool = False
-    damp: float = DAMP
-    n_threads: int | None = None
-    device: str = "auto"  # or "cpu", "cuda"
-
-
-@dataclass(frozen=True)
-class Linear:
-    """A matrix of a layer: Hugging Face's name of its module, (n_out, n_in), and its scheme (None:
-    it is left as it is)."""
-
-    name: str
-    shape: tuple[int, int]
-    scheme: Scheme | None
-
-    def tensors(self, dense: GgmlType) -> list[OutTensor]:
-        n_out, n_in = self.shape
-        if self.scheme is None:
-            return [dense_tensor(f"{self.name}.weight", self.shape, dense)]
-        shapes = part_shapes(n_in, n_out, self.scheme.n_groups(n_in), self.scheme.bits)
-        types = {"scales": "F16"}
-        return [
-            OutTensor(f"{self.name}.{part}", types.get(part, "I32"), shape)
-            for part, shape in shapes.items()
-        ]
-
-
-@dataclass(frozen=True, eq=False)
-class Plan:
-    """All that is decided before anything is read or written."""
-
-    checkpoint: HfCheckpoint | GgufCheckpoint
-    options: Options
-    dense: GgmlType  # the type of what is not quantized
-    linears: Mapping[str, Linear]  # by module name
-    tensors: tuple[OutTensor, ...]  # in the directory's order
-
-    @property
-    def size_bytes(self) -> int:
-        return sum(t.n_bytes for t in self.tensors)
-
-    @property
-    def bpw(self) -> float:
-        """Bits a weight of the quantized matrices, scales and all."""
-        quantized = [linear for linear in self.linears.values() if linear.scheme]
-        n_bytes = sum(t.n_bytes for linear in quantized for t in linear.tensors(self.dense))
-        return 8 * n_bytes / max(1, sum(q.shape[0] * q.shape[1] for q in quantized))
+_TUNED = "tuned.pt"
+_LAYERS_SHARE = 0.3  # of the work, where distillation follows
 
 
 @dataclass(frozen=True)
@@ -142,95 +67,54 @@ class Report:
     device: str
     n_threads: int
     tensors: tuple[TensorReport, ...]
+    distillation: distill.Report | None
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
 
-def plan_gptq(checkpoint: HfCheckpoint | GgufCheckpoint, options: Options) -> Plan:
-    """Decide each matrix's scheme. Raises InputError for shapes that it does not fit, and for a
-    quantized source."""
-    dense = dense_type(checkpoint)
-    linears: dict[str, Linear] = {}
-    tensors: list[OutTensor] = []
-    used: set[Override] = set()
-    for name, shape in expected_tensors(checkpoint.spec).items():
-        module = name.removesuffix(".weight")
-        if not module.endswith(_LINEARS) or name == module:
-            tensors.append(dense_tensor(name, shape, dense))
-            continue
-        n_out, n_in = shape
-        override = _override(module, options.dynamic)
-        used.update([override] if override else [])
-        scheme = _scheme(options.scheme, override)
-        if scheme is not None:
-            scheme.check(module, n_in, n_out, allow_ragged=options.allow_ragged)
-        linears[module] = Linear(module, (n_out, n_in), scheme)
-        tensors += linears[module].tensors(dense)
-    idle = [o.pattern for o in options.dynamic if o not in used]
-    if idle:
-        raise InputError(
-            f"--dynamic {idle[0]}: no matrix's name starts so, or an earlier one takes all; names "
-            "are like model.layers.0.mlp.down_proj"
-        )
-    return Plan(checkpoint, options, dense, linears, tuple(tensors))
-
-
-def _override(module: str, dynamic: Sequence[Override]) -> Override | None:
-    return next((o for o in dynamic if re.match(o.pattern, module)), None)
-
-
-def _scheme(base: Scheme, override: Override | None) -> Scheme | None:
-    if override is None:
-        return base
-    if override.bits is None:
-        return None
-    group_size = base.group_size if override.group_size is None else override.group_size
-    return replace(base, bits=override.bits, group_size=group_size)
-
-
 def convert(
     plan: Plan,
-    ids: npt.NDArray[np.int32],
+    ids: Ids,
     out: Path,
     *,
     force: bool = False,
     pre: str | None = None,
-    progress: Progress = lambda done, total: None,
+    progress: Progress = lambda done: None,
 ) -> Report:
     """Calibrate on the windows `ids` (windows, n_ctx), and write the directory `out`.
 
     A run that was killed goes on after the layers that it finished, to the same bytes. Raises
-    InputError for an output that exists (unless `force`) or is being written, a disk too small and
-    damaged weights.
+    InputError for an output that exists (unless `force`) or is being written, a disk too small,
+    damaged weights, and too few windows to distill on.
     """
     checkpoint, options = plan.checkpoint, plan.options
-    require_torch(checkpoint.path)
+    need_torch("--to gptq")
     out = out.resolve()
-    check_output(out, force=force)
+    check_output(out, force=force or WorkDir.owns(out))
     _not_the_source(checkpoint, out)
     device = chosen_device(options.device)
     threads = options.n_threads or default_threads()
     files = model_files(checkpoint, plan.dense, quantization_config(plan), pre=pre)
     files["quantize_config.json"] = quantization_config(plan)
+    if options.distill is not None:
+        distill.split(_distilled_on(plan, ids), options.distill)  # refuses too few
     start = time.perf_counter()
     settings = settings_hash(
         source_identity(checkpoint),
         [version(name) for name in ("dsq", "torch")],
         *(options, plan.tensors, files, ids, device, threads),
     )
-    try:
-        with WorkDir(out, settings) as work:
-            resumed = min(work.done, checkpoint.spec.n_layer)
-            if not resumed:
-                check_space(out, plan.size_bytes + TwoWays.disk_bytes(checkpoint.spec, ids.size))
-                check_weights(checkpoint, {t.name for t in plan.tensors}, plan.dense)
-            with DirectoryWriter(work.path, out, plan.tensors) as writer:
-                reports = _Run(plan, ids, device, threads, work, writer).go(progress)
-                ready = writer.complete(files, force=force)
-            work.finish(ready, out)
-    except OSError as error:
-        raise os_error(error, out) from error
+    with WorkDir(out, settings) as work, torch_threads(threads):
+        resumed = min(work.done, checkpoint.spec.n_layer)
+        if not resumed:
+            check_space(out, _disk_bytes(plan, ids))
+            check_weights(checkpoint, {t.name for t in plan.tensors}, plan.dense)
+        with DirectoryWriter(work.path, out, plan.tensors) as writer:
+            run = _Run(plan, ids, device, threads, work, writer)
+            reports, distillation = run.go(progress)
+            ready = writer.complete(files, force=force)
+        work.finish(ready, out)
     return Report(
         out=str(out),
         size_bytes=sum(file.stat().st_size for file in out.iterdir()),
@@ -241,45 +125,8 @@ def convert(
         device=device,
         n_threads=threads,
         tensors=tuple(TensorReport(**r) for r in reports),
+        distillation=distillation,
     )
-
-
-def quantization_config(plan: Plan) -> dict[str, Any]:
-    """What quantize_config.json and config.json's key hold, in GPTQModel's spelling."""
-    options, scheme = plan.options, plan.options.scheme
-    quantizer = [f"dsq:{version('dsq')}"]
-    if not scheme.sym:
-        # GPTQModel loads zero points of format `gptq` only with its own mark that none wraps.
-        quantizer.append("gptqmodel:0.9.0")
-    config: dict[str, Any] = {
-        "quant_method": "gptq",
-        "bits": scheme.bits,
-        "group_size": scheme.group_size,
-        "desc_act": scheme.act_order,
-        "sym": scheme.sym,
-        "static_groups": scheme.static_groups,
-        "lm_head": False,
-        "checkpoint_format": options.checkpoint_format,
-        "pack_dtype": "int32",
-        "damp_percent": options.damp,
-        "true_sequential": True,
-        "meta": {
-            "quantizer": quantizer,
-            "damp_percent": options.damp,
-            "static_groups": scheme.static_groups,
-            "true_sequential": True,
-        },
-    }
-    if options.dynamic:
-        config["dynamic"] = {
-            f"-:{o.pattern}" if o.bits is None else f"+:{o.pattern}": {
-                key: value
-                for key, value in (("bits", o.bits), ("group_size", o.group_size))
-                if value is not None
-            }
-            for o in options.dynamic
-        }
-    return config
 
 
 class _Run:
@@ -288,7 +135,7 @@ class _Run:
     def __init__(
         self,
         plan: Plan,
-        ids: npt.NDArray[np.int32],
+        ids: Ids,
         device: str,
         threads: int,
         work: WorkDir,
@@ -298,36 +145,32 @@ class _Run:
         self.threads, self.work, self.writer = threads, work, writer
         self.checkpoint = plan.checkpoint
 
-    def go(self, progress: Progress) -> list[dict[str, Any]]:
-        import torch
-
-        n_layer = self.checkpoint.spec.n_layer
-        before = torch.get_num_threads()
-        torch.set_num_threads(self.threads)
-        try:
-            done = min(self.work.done, n_layer)
-            with TwoWays(
-                self.checkpoint.spec, self.ids, self.work.path, self.device, layer=done
-            ) as ways:
-                reports = []
-                for layer in range(n_layer):
-                    reports += self.work.once(f"layer {layer}", partial(self.layer, layer, ways))
-                    progress(layer + 1, n_layer)
-        finally:
-            torch.set_num_threads(before)
+    def go(self, progress: Progress) -> tuple[list[dict[str, Any]], distill.Report | None]:
+        reports = self.layers(progress)
         self.work.once("rest", self.rest)
+        return reports, self.distill(progress)
+
+    def layers(self, progress: Progress) -> list[dict[str, Any]]:
+        spec = self.checkpoint.spec
+        share = 1.0 if self.plan.options.distill is None else _LAYERS_SHARE
+        done = min(self.work.done, spec.n_layer)
+        reports: list[dict[str, Any]] = []
+        with TwoWays(spec, self.ids, self.work.path, self.device, layer=done) as ways:
+            for layer in range(spec.n_layer):
+                reports += self.work.once(f"layer {layer}", partial(self.layer, layer, ways))
+                progress(share * (layer + 1) / spec.n_layer)
         return reports
 
     def layer(self, layer: int, ways: TwoWays) -> list[dict[str, Any]]:
         prefix = f"model.layers.{layer}."
         if layer == 0:
-            embedding = read_tensor(self.checkpoint, _EMBEDDING)
-            ways.embed(embedding, _as_stored(embedding, self.plan.dense))
+            embedding = read_tensor(self.checkpoint, EMBEDDING)
+            ways.embed(embedding, as_stored(embedding, self.plan.dense))
         weights = read_layer(self.checkpoint, layer, self.device)
         ways.enter(weights)
         for name, values in weights.items():
-            if name.removesuffix(".weight") not in _LINEARS:
-                ways.stored[name] = _as_stored(values, self.plan.dense)
+            if name.removesuffix(".weight") not in LINEARS:
+                ways.stored[name] = as_stored(values, self.plan.dense)
         reports: list[dict[str, Any]] = []
         for stage, names in STAGES.items():
             reports += self.stage(prefix, names, ways.see(stage), ways)
@@ -354,7 +197,7 @@ class _Run:
                 continue
             for name in alike:
                 weight = ways.original[f"{name}.weight"]
-                ways.put(name, _as_stored(weight, self.plan.dense))
+                ways.put(name, as_stored(weight, self.plan.dense))
         return reports
 
     def quantize(
@@ -375,7 +218,7 @@ class _Run:
             part = slice(start, start + rows)
             start += rows
             ways.put(name, found.values[part].contiguous())
-            for key, values in pack(_outputs(found.tensor, part), form).items():
+            for key, values in pack(found.tensor.columns(part), form).items():
                 self.writer.put(f"{linear.name}.{key}", values)
             error = float(found.error[part].sum() / found.nearest[part].sum().clamp(min=1e-30))
             under = order.under
@@ -394,19 +237,45 @@ class _Run:
                 )
         self.writer.sync()
 
+    def distill(self, progress: Progress) -> distill.Report | None:
+        """Tune what was written. The learned numbers are kept before they are put in place: a run
+        that is killed between must not take its own for those that it started from."""
+        options = self.plan.options.distill
+        if options is None:
+            return None
+        options = replace(options, n_threads=self.threads, device=self.device)
+        tuned = self.work.path / _TUNED
 
-def _outputs(tensor: GptqTensor, part: slice) -> GptqTensor:
-    """Some of the outputs of a matrix."""
-    return replace(
-        tensor,
-        codes=tensor.codes[:, part],
-        zeros=tensor.zeros[:, part],
-        scales=tensor.scales[:, part],
-    )
+        def tell(what: str, done: int, total: int, ratio: float) -> None:
+            share = (0.2 if what == "original" else 0.8) * done / total
+            passed = share if what == "original" else 0.2 + share
+            progress(_LAYERS_SHARE + (1 - _LAYERS_SHARE) * passed)
+
+        def tune() -> dict[str, Any]:
+            student = gptq_student.GptqStudent(self.plan, self.work.path, self.device)
+            windows = _distilled_on(self.plan, self.ids)
+            report = distill.train(
+                self.work, self.checkpoint, student.parts, windows, options, tell
+            )
+            student.save(tuned)
+            return report.to_json()
+
+        report = distill.Report(**self.work.once("tuned", tune))
+        self.work.once("tuned in place", lambda: gptq_student.put(tuned, self.writer))
+        return report
 
 
-def _as_stored(weight: Tensor, to: GgmlType) -> Tensor:
-    return (weight.bfloat16() if to is BF16 else weight.half()).float()
+def _distilled_on(plan: Plan, ids: Ids) -> Ids:
+    n_tokens = plan.options.distill_tokens
+    return ids if n_tokens is None else ids[: max(distill.LEAST_WINDOWS, n_tokens // ids.shape[1])]
+
+
+def _disk_bytes(plan: Plan, ids: Ids) -> int:
+    spec = plan.checkpoint.spec
+    n_bytes = plan.size_bytes + TwoWays.disk_bytes(spec, ids.size)
+    if plan.options.distill is not None:
+        n_bytes += Teacher.disk_bytes(spec, _distilled_on(plan, ids).size)
+    return n_bytes
 
 
 def _not_the_source(checkpoint: HfCheckpoint | GgufCheckpoint, out: Path) -> None:

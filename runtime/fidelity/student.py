@@ -7,17 +7,14 @@ its gradients are computed, unless all of them fit.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
-from dsq.convert.checkpoint import GgufCheckpoint
-from dsq.convert.names import expected_tensors, gguf_name, permuted_heads
-from dsq.convert.tensor_plan import half_split_rows
-from dsq.errors import InputError
-from dsq.quant.grids import GRIDS
-from dsq.quant.tunable import Tunable
-from dsq.runtime.decoder import Decoder, read_tensor
+from dsq.convert.spec import ModelSpec
+from dsq.quant.scheme import BF16, F32, GgmlType
+from dsq.runtime.decoder import Decoder
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,45 +22,58 @@ if TYPE_CHECKING:
 EMBEDDING, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 
 
-class Gain:
-    """A norm's gains, times what is learned."""
+class Tunable(Protocol):
+    """A quantized matrix with numbers that can be learned."""
 
-    def __init__(self, values: Tensor) -> None:
+    @property
+    def parameters(self) -> list[Tensor]:
+        """What Adam changes: relative changes, 0 at first."""
+
+    def weight(self) -> Tensor:
+        """(n_out, n_in) float32 as it would be stored, differentiable in `parameters`."""
+
+
+class Gain:
+    """A norm's gains, times what is learned, as a file of type `stored` holds them."""
+
+    def __init__(self, values: Tensor, stored: GgmlType = F32) -> None:
         import torch
 
-        self._values = values
+        self._values, self._stored = values, stored
         self.change = torch.zeros_like(values, requires_grad=True)
 
     def weight(self) -> Tensor:
-        return self._values * (1 + self.change)
+        gain = self._values * (1 + self.change)
+        # Rounding is passed straight through in the backward pass.
+        return gain + (as_stored(gain, self._stored) - gain).detach()
+
+
+def as_stored(values: Tensor, to: GgmlType) -> Tensor:
+    """Float32 values as f32, f16 or bf16 holds them."""
+    if to is F32:
+        return values
+    return (values.bfloat16() if to is BF16 else values.half()).float()
+
+
+@dataclass(frozen=True, eq=False)
+class Parts:
+    """Every tensor of a model by its Hugging Face name, as one of three."""
+
+    spec: ModelSpec
+    tunables: Mapping[str, Tunable]
+    gains: Mapping[str, Gain]
+    fixed: Mapping[str, Tensor]
 
 
 class Student:
     """The quantized model: what is learned, and one layer's weights at a time."""
 
     def __init__(
-        self, file: GgufCheckpoint, graph: Decoder, batch_tokens: int, keep_bytes: int | None
+        self, parts: Parts, graph: Decoder, batch_tokens: int, keep_bytes: int | None
     ) -> None:
         """`keep_bytes`: what activations may take in all; None: half of the free memory."""
-        self.spec, self.graph = file.spec, graph
-        self.tunables: dict[str, Tunable] = {}
-        self.gains: dict[str, Gain] = {}
-        self._fixed: dict[str, Tensor] = {}
-        for name, shape in expected_tensors(self.spec).items():
-            info = file.tensors[gguf_name(name)]
-            if len(shape) == 2 and info.type.name in GRIDS and name not in (EMBEDDING, HEAD):
-                data = file.data(info.name).reshape(shape[0], -1)
-                heads = permuted_heads(info.name, self.spec)
-                rows = data[half_split_rows(len(data), heads)] if heads else data
-                self.tunables[name] = Tunable(rows, info.type, shape[1], graph.device)
-            elif name.endswith("norm.weight"):
-                self.gains[name] = Gain(read_tensor(file, name, graph.device))
-            else:
-                self._fixed[name] = read_tensor(file, name, graph.device)
-        if not self.tunables:
-            raise InputError(
-                f"{file.path}: no tensor of a type whose scales dsq can tune ({', '.join(GRIDS)})"
-            )
+        self.spec, self.graph = parts.spec, graph
+        self.tunables, self.gains, self._fixed = parts.tunables, parts.gains, parts.fixed
         limit = _free_bytes() // 2 if keep_bytes is None else keep_bytes
         self.keep = self._activation_bytes(batch_tokens) <= limit
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,6 +12,7 @@ import numpy.typing as npt
 
 from dsq.convert.atomic import check_space
 from dsq.convert.checkpoint import GgufCheckpoint, HfCheckpoint
+from dsq.convert.spec import ModelSpec
 from dsq.quant.drift import pack
 from dsq.quant.fileio import read_at, reserve, write_at
 from dsq.runtime.calibration.borders import Border
@@ -35,10 +37,14 @@ class Teacher:
     ) -> None:
         self._source, self._graph, self._windows, self._folder = source, graph, windows, folder
         self._n_vocab = source.spec.n_vocab
-        self._row_bytes = 2 * self._n_vocab + 4  # codes, and the row's scale
+        self._row_bytes = _row_bytes(self._n_vocab)
         self._path = folder / "logits"
-        border = 4 * windows.size * source.spec.n_embd
-        check_space(self._path, windows.size * self._row_bytes + 2 * border)
+        stored = self._path.stat().st_size if self._path.exists() else 0  # by a killed run
+        check_space(self._path, self.disk_bytes(source.spec, windows.size) - stored)
+
+    @staticmethod
+    def disk_bytes(spec: ModelSpec, n_tokens: int) -> int:
+        return n_tokens * (_row_bytes(spec.n_vocab) + 8 * spec.n_embd)
 
     def run(self, progress: Callable[[int, int], None] = lambda done, total: None) -> None:
         """Compute and store everything. One layer of weights is in memory at a time."""
@@ -46,6 +52,7 @@ class Teacher:
             reserve(out.fileno(), self._windows.size * self._row_bytes)
             for row, logits in self._logits(self._source, progress):
                 self._store(out.fileno(), row, logits)
+            os.fsync(out.fileno())
 
     def kld(self, candidate: HfCheckpoint | GgufCheckpoint) -> float:
         """Mean KL divergence of a candidate's predictions over all windows, in nats a token."""
@@ -121,6 +128,10 @@ class Teacher:
                     shifted *= -record["scale"][:, None]
                     log_p = torch.from_numpy(shifted).to(self._graph.device).log_softmax(-1)
                     yield slice(k * n_ctx + at, k * n_ctx + at + n), log_p
+
+
+def _row_bytes(n_vocab: int) -> int:
+    return 2 * n_vocab + 4  # codes, and the row's scale
 
 
 def kld(wanted: Tensor, logits: Tensor) -> Tensor:

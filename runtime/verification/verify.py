@@ -112,6 +112,15 @@ def _answer(name: str, problems: list[str], agreed: str, **data: Any) -> Check:
     return Check(name, False, detail, {"problems": problems, **data})
 
 
+def _method(artifact: HfCheckpoint | GgufCheckpoint) -> str:
+    """What the artifact says was done to its weights on purpose (see `allowed`)."""
+    if isinstance(artifact, GgufCheckpoint):
+        return str(artifact.gguf.metadata.get(METHOD, ""))
+    said = artifact.config.get("quantization_config")
+    meta = said.get("meta") if isinstance(said, dict) else None
+    return "distilled" if isinstance(meta, dict) and meta.get("distilled") else ""
+
+
 @dataclass(frozen=True, eq=False)
 class _Run:
     artifact: HfCheckpoint | GgufCheckpoint
@@ -127,9 +136,7 @@ class _Run:
         return self.source.vocabulary()
 
     def tensors(self) -> Check:
-        spec, source, method = self.source.spec, self.source, ""
-        if isinstance(self.artifact, GgufCheckpoint):
-            method = str(self.artifact.gguf.metadata.get(METHOD, ""))
+        spec, source, method = self.source.spec, self.source, _method(self.artifact)
         if method == GATHERED and isinstance(source, HfCheckpoint):
             source = source.gathered()
         ours, theirs = named_tensors(self.artifact, spec), named_tensors(source, spec)

@@ -27,6 +27,7 @@ def test_a_directory_from_text(
     pytest.importorskip("torch")
     out = tmp_path / "out"
     command = ["convert", "--to", "gptq", "--group-size", "32", "--act-order", "--static-groups"]
+    command += ["--distill", "256"]
     command += ["--bits", "3", "--asym", "--format", "gptq_v2", "--dynamic", ".*o_proj=8:64"]
     command += ["--dynamic", ".*k_proj=none", "--tokens", "256", "--ctx", "64", "-t", "1"]
     command += ["-o", str(out), "--json", "--text", str(TEXT), str(small)]  # SRC comes last
@@ -35,6 +36,9 @@ def test_a_directory_from_text(
     assert report["n_tokens"] == 256
     assert report["rope"] == "linear, factor 4, base 100000"
     assert report["text"]["name"] == "heldout.txt"
+    assert report["distillation"]["kld_after"] <= report["distillation"]["kld_before"]
+    tuned = [report["distillation"][f"n_{part}_tokens"] for part in ("train", "held_out")]
+    assert sum(tuned) == 256
     assert report["size_bytes"] == sum(file.stat().st_size for file in out.iterdir())
     assert {(t["bits"], t["group_size"]) for t in report["tensors"]} == {(3, 32), (8, 64)}
     config = json.loads((out / "quantize_config.json").read_text())
@@ -57,6 +61,7 @@ def test_a_plan_is_printed(small: Path, capsys: pytest.CaptureFixture[str]) -> N
         (["--to", "gptq"], "groups of 128 do not divide its 64 inputs"),
         (["--to", "gptq", "--group-size", "32"], "calibrated on text: give --text FILE"),
         (["--to", "gptq", "--static-groups"], "--static-groups: only with --act-order"),
+        (["--distill", "4k"], "--distill: only with --to gptq"),
         (["--to", "gptq", "--bpw", "4"], "--bpw: only with --to exl2"),
         (["--to", "gptq", "--outtype", "f16"], "--outtype f16: --to gptq keeps"),
         (["--to", "gptq", "--split-max-size", "1G"], "--split-max-size: only with --to gguf"),

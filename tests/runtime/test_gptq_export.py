@@ -18,7 +18,7 @@ from dsq.convert.checkpoint import open_checkpoint
 from dsq.errors import InputError
 from dsq.quant.gptq_layout import GPTQ_BITS, PARTS, unpack
 from dsq.runtime.calibration.workdir import WorkDir
-from dsq.runtime.fidelity import gptq
+from dsq.runtime.fidelity import distill, gptq, gptq_plan
 from tests.models import ROOT, TINY_CODER, llama_config, write_hf
 from tests.runtime.changed import changed
 from tests.runtime.dying import die
@@ -43,8 +43,8 @@ def windows(n: int = 4, n_ctx: int = 64) -> np.ndarray:
 
 
 def export(source: Path, out: Path, scheme: Scheme, **options: Any) -> gptq.Report:
-    chosen = gptq.Options(scheme, n_threads=1, device="cpu", **options)
-    return gptq.convert(gptq.plan_gptq(open_checkpoint(source), chosen), windows(), out)
+    chosen = gptq_plan.Options(scheme, n_threads=1, device="cpu", **options)
+    return gptq.convert(gptq_plan.plan_gptq(open_checkpoint(source), chosen), windows(), out)
 
 
 def dequantized(out: Path) -> dict[str, np.ndarray]:
@@ -63,11 +63,15 @@ def dequantized(out: Path) -> dict[str, np.ndarray]:
 
 
 def our_logits(source: Path, out: Path, ids: np.ndarray) -> np.ndarray:
-    """transformers with the source's weights and our dequantized matrices, in float32."""
+    """transformers with the source's embedding and head, the directory's norms and our dequantized
+    matrices, in float32."""
     from transformers import LlamaForCausalLM
 
     model = LlamaForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
     weights = {f"{n}.weight": torch.from_numpy(w) for n, w in dequantized(out).items()}
+    with safe_open(out / "model.safetensors", framework="pt") as file:
+        norms = [name for name in file.keys() if name.endswith("norm.weight")]  # noqa: SIM118
+        weights |= {name: file.get_tensor(name).float() for name in norms}
     assert not model.load_state_dict(weights, strict=False).unexpected_keys
     with torch.inference_mode():
         logits: np.ndarray = model(torch.from_numpy(ids.astype(np.int64))).logits.numpy()
@@ -106,7 +110,10 @@ def test_peers_compute_what_we_dequantize(
 ) -> None:
     pytest.importorskip("gptqmodel")
     out = tmp_path / "out"
-    export(TINY_CODER, out, Scheme(4, 64, act_order=True))
+    few_steps = distill.Options(lr=2e-3, batch_tokens=64, check_every=1)
+    report = export(TINY_CODER, out, Scheme(4, 64, act_order=True), distill=few_steps)
+    assert report.distillation is not None
+    assert report.distillation.best_step > 0  # other scales and norms than error feedback's
     ids = windows(2, 128)
     theirs, about = peer_logits(peer, out, ids, tmp_path)
     assert about["kernels"] == [kernel]
@@ -124,8 +131,8 @@ def test_every_width_and_zero_point_in_gptqmodel(
     pytest.importorskip("gptqmodel")
     source = write_hf(tmp_path / "model", llama_config(**SMALL), dtype="F16")
     dynamic = (
-        gptq.Override(r".*layers\.1\.mlp\.up_proj", 8, 32),
-        gptq.Override(r".*layers\.0\.self_attn\.o_proj", None),
+        gptq_plan.Override(r".*layers\.1\.mlp\.up_proj", 8, 32),
+        gptq_plan.Override(r".*layers\.0\.self_attn\.o_proj", None),
     )
     out = tmp_path / "out"
     export(
@@ -242,7 +249,7 @@ def test_a_disk_too_small_is_told_before(
 
 def test_both_configs_say_the_same_and_gptqmodel_keys(small: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    override = gptq.Override(".*down_proj", 8, 32)
+    override = gptq_plan.Override(".*down_proj", 8, 32)
     export(small, out, Scheme(3, 32, sym=False, act_order=True), dynamic=(override,))
     own = json.loads((out / "quantize_config.json").read_text())
     assert json.loads((out / "config.json").read_text())["quantization_config"] == own
@@ -280,6 +287,6 @@ def test_a_group_that_does_not_divide(tmp_path: Path) -> None:
 
 
 def test_a_dynamic_rule_that_matches_nothing(small: Path) -> None:
-    options = gptq.Options(SCHEME, dynamic=(gptq.Override("down_proj", 8),))
+    options = gptq_plan.Options(SCHEME, dynamic=(gptq_plan.Override("down_proj", 8),))
     with pytest.raises(InputError, match="--dynamic down_proj: no matrix's name starts so"):
-        gptq.plan_gptq(open_checkpoint(small), options)
+        gptq_plan.plan_gptq(open_checkpoint(small), options)
