@@ -41,6 +41,8 @@ class Answer:
     end: float
     n_tokens: int
     n_prompt: int
+    n_drafted: int
+    n_accepted: int
 
 
 async def complete(port: int, prompt: str, n_predict: int) -> Answer:
@@ -73,7 +75,15 @@ async def complete(port: int, prompt: str, n_predict: int) -> Answer:
     if not events or not events[-1].get("stop"):
         raise RuntimeError(f"port {port} did not finish its answer: {lines[-1:]!r}")
     last = events[-1]
-    return Answer(first, end, last["timings"]["predicted_n"], last["tokens_evaluated"])
+    times = last["timings"]
+    return Answer(
+        first=first,
+        end=end,
+        n_tokens=times["predicted_n"],
+        n_prompt=last["tokens_evaluated"],
+        n_drafted=times.get("draft_n", 0),
+        n_accepted=times.get("draft_n_accepted", 0),
+    )
 
 
 @contextmanager
@@ -175,6 +185,10 @@ def benchmark(settings: Settings) -> Section:
     rows.append(_row("tokens/s, edit task", EDIT_GOAL, found, "edit"))
     again = median(found["dsq", "again"]) / median(found["dsq", "first"])
     share = median(found["dsq", "overhead"])
+
+    def drafts(what: str) -> str:
+        return f"{median(found['dsq', what]):.0f}"
+
     body = (
         f"{checkpoint.name} q4_k_m, {settings.threads} threads, {SLOTS} slots of {CTX} tokens, {n} "
         f"tokens an answer, greedy, streamed by /completion; medians of {settings.repeat} rounds, "
@@ -182,8 +196,10 @@ def benchmark(settings: Settings) -> Section:
         + table(["", "dsq", "llama-server", "ratio", "goal"], rows)
         + f"\n\nLong prompt: {median(found['dsq', 'n_long']):,.0f} tokens. The second keystroke "
         + f"takes {again:.3f} of the first (goal {KEYSTROKE_GOAL.verdict(again)}). dsq's "
-        + f"processor time outside llama.cpp is {100 * share:.1f} % of its steps' time, one client "
-        + f"(goal {OVERHEAD_GOAL.verdict(100 * share)})."
+        + "processor time outside llama.cpp, in the HTTP process and in the worker, is "
+        + f"{100 * share:.1f} % of its steps' time, one client "
+        + f"(goal {OVERHEAD_GOAL.verdict(100 * share)}). In the edit task {drafts('accepted')} of "
+        + f"{drafts('drafted')} drafted tokens were right, {drafts('edited')} came in all."
     )
     return Section("server", "Server", body)
 
@@ -196,20 +212,21 @@ async def _round(
     await complete(port, "The first request of a server is slow on either side.", 4)
     for clients in CLIENTS:
         prompts = [f"{round_}.{clients}. A story about {t}:" for t in _TOPICS[:clients]]
-        before, steps = processor_seconds(pid), step_seconds(port)
+        before, worker = processor_seconds(pid), worker_seconds(port)
         began = time.perf_counter()
         answers = await asyncio.gather(*(complete(port, p, n) for p in prompts))
         seconds = time.perf_counter() - began
         found[f"rate {clients}"] = sum(a.n_tokens for a in answers) / seconds
         found[f"short {clients}"] = 1e3 * sum(a.first for a in answers) / clients
-        if clients == 1 and steps is not None:
-            # The HTTP process, and the time that the worker was not in a step: that counts whole,
-            # though for a part of it the worker only waits for the request.
+        if clients == 1 and worker is not None:
             spent = processor_seconds(pid) - before
-            in_steps = (step_seconds(port) or 0.0) - steps
-            found["overhead"] = (spent + seconds - in_steps) / in_steps
-    edit = await complete(port, _edit_prompt(code[:1600]), 3 * n)
+            in_steps, outside = (
+                now - then for now, then in zip(worker_seconds(port) or worker, worker, strict=True)
+            )
+            found["overhead"] = (spent + outside) / in_steps
+    edit = await complete(port, _edit_prompt(code[:1600]), max(64, 2 * n))
     found["edit"] = edit.n_tokens / (edit.end - edit.first)
+    found |= {"drafted": edit.n_drafted, "accepted": edit.n_accepted, "edited": edit.n_tokens}
     prompt = f"# Round {round_}\n" + long
     first = await complete(port, prompt, 1)
     again = await complete(port, prompt + "\nx =", 1)
@@ -217,14 +234,15 @@ async def _round(
     return found
 
 
-def step_seconds(port: int) -> float | None:
-    """What dsq's worker has spent in steps; None of another server."""
+def worker_seconds(port: int) -> tuple[float, float] | None:
+    """What dsq's worker has spent in steps, and its processor time outside of llama.cpp; None of
+    another server."""
     try:
         with urlopen(f"http://127.0.0.1:{port}/stats", timeout=10) as answer:
             models = json.load(answer)["models"]
     except HTTPError:
         return None
-    return sum(model["step_seconds"] for model in models)
+    return sum(m["step_seconds"] for m in models), sum(m["outside_seconds"] for m in models)
 
 
 def processor_seconds(pid: int) -> float:

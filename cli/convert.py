@@ -18,7 +18,7 @@ DESCRIPTION = (
     "Convert a Hugging Face checkpoint to GGUF, or (--to hf) a GGUF to Hugging Face, or either\n"
     "to a directory of GPTQ (--to gptq) or EXL2 weights (--to exl2), calibrated on text.\n"
     "A GPTQ or EXL2 directory becomes a GGUF by moving its codes, not rounded where the grids\n"
-    "coincide, or (--to hf) dense weights."
+    "coincide, or (--to hf) dense weights; with --text, what is not lossless is measured on it."
 )
 EXAMPLE = "dsq convert ./deepseek-coder-1.3b-base --to gguf --outtype bf16 -o coder.gguf"
 
@@ -70,6 +70,11 @@ def run(args: argparse.Namespace) -> int:
     packed = _packed_source(args)
     if packed is not None and not _is_requantized(args):
         return _of_packed(args, packed)
+    if args.text and args.to not in _CALIBRATED:
+        raise InputError(
+            "--text: calibrates --to gptq and --to exl2, and measures what a GPTQ or EXL2 "
+            "directory becomes; leave it out"
+        )
     if args.exact:
         raise InputError("--exact: only of a GPTQ or EXL2 directory, whose codes are moved")
     if args.to == "gptq":
@@ -109,10 +114,6 @@ def _is_requantized(args: argparse.Namespace) -> bool:
 def _of_packed(args: argparse.Namespace, checkpoint: HfCheckpoint) -> int:
     if args.to in _CALIBRATED:
         convert_packed.refuse_again(checkpoint, args.to)
-    if args.allow_nonfinite:
-        raise InputError(
-            f"--allow-nonfinite: {checkpoint.path} is quantized; its scales must be finite"
-        )
     if args.pre:
         from dsq.runtime.pre_check import check_pre
 
@@ -130,10 +131,11 @@ def _check(args: argparse.Namespace) -> None:
         calibration_text.refuse(args, convert_exl2.OPTIONS, "exl2")
     if args.to != "hf" and args.dither:
         raise InputError("--dither goes with --to hf")
-    if args.to not in _CALIBRATED:
-        calibration_text.refuse(args, calibration_text.OPTIONS, "gptq or --to exl2")
-        return
     take_source(args)
+    if args.to not in _CALIBRATED:
+        others = tuple(name for name in calibration_text.OPTIONS if name != "text")
+        calibration_text.refuse(args, others, "gptq or --to exl2")
+        return
     calibration_text.refuse(args, ("split_max_size", "allow_requantize"), "gguf")
     calibration_text.refuse(args, ("allow_nonfinite",), "gguf or --to hf")
     if args.outtype != "auto":

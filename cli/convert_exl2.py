@@ -45,6 +45,7 @@ def run(args: argparse.Namespace) -> int:
     from dsq.convert.hf.quantized_dir import check_output
     from dsq.convert.rope import describe
     from dsq.quant.stats import read_stats
+    from dsq.runtime.calibration.workdir import WorkDir
     from dsq.runtime.fidelity.exl2 import convert
 
     if args.bpw is None:
@@ -73,7 +74,8 @@ def run(args: argparse.Namespace) -> int:
                 "matrix gets which bits is known after the measurement"
             )
         return 0
-    check_output(out.resolve(), force=args.force)  # before the reading, which takes a while
+    force = args.force or WorkDir.owns(out.resolve())
+    check_output(out.resolve(), force=force)  # before the reading, which takes a while
     text = calibration_text.windows(args, checkpoint)
     with progress_bar(f"→ {out}", 1000, quiet=args.json) as advance:
         made = convert(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dsq.cli import common
+from dsq.cli.eval import read_texts
 from dsq.cli.progress import progress_bar
 from dsq.errors import InputError
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from dsq.convert.repack import RepackPlan
 
 _LISTED = 3  # lossy matrices on the terminal; --json has them all
+_WINDOWS = 8  # of 512 tokens, that a conversion is measured on
 
 
 def refuse_again(checkpoint: HfCheckpoint, to: str) -> None:
@@ -40,6 +42,7 @@ def to_gguf(args: argparse.Namespace, checkpoint: HfCheckpoint) -> int:
         pre=args.pre,
     )
     method = _method(checkpoint)
+    texts = _texts(args, checkpoint)
     out = args.output or common.output_path(checkpoint.path, f"{method}-repacked")
     report = _report(checkpoint, out, plan.gguf.layout.data_bytes)
     if args.dry_run:
@@ -52,13 +55,19 @@ def to_gguf(args: argparse.Namespace, checkpoint: HfCheckpoint) -> int:
         return 0
     with progress_bar(f"→ {out}", plan.gguf.layout.data_bytes, quiet=args.json) as advance:
         artifact, receipt = run_repack(
-            plan, out, force=args.force, threads=args.threads, progress=advance
+            plan,
+            out,
+            force=args.force,
+            threads=args.threads,
+            allow_nonfinite=args.allow_nonfinite,
+            progress=advance,
         )
     report |= {
         "files": [str(path) for path in artifact.paths],
         "size_bytes": artifact.size_bytes,
         "seconds": round(artifact.seconds, 3),
         "receipt": receipt,
+        "divergence": _divergence(args, checkpoint, artifact.paths[0], receipt, texts),
     }
     return _tell(args, report)
 
@@ -72,6 +81,7 @@ def to_hf(args: argparse.Namespace, checkpoint: HfCheckpoint) -> int:
     if args.dither:
         raise InputError("--dither goes with a .gguf; a packed directory is unpacked as it is")
     steps = plan_unpack(checkpoint, args.outtype, exact=args.exact)
+    texts = _texts(args, checkpoint)
     out = args.output or Path(common.output_path(checkpoint.path, "hf").stem)
     size = sum(step.n_bytes for step in steps)
     report = _report(checkpoint, out, size)
@@ -90,6 +100,7 @@ def to_hf(args: argparse.Namespace, checkpoint: HfCheckpoint) -> int:
             out,
             force=args.force,
             threads=args.threads,
+            allow_nonfinite=args.allow_nonfinite,
             pre=args.pre,
             progress=advance,
         )
@@ -97,8 +108,48 @@ def to_hf(args: argparse.Namespace, checkpoint: HfCheckpoint) -> int:
         "size_bytes": artifact.size_bytes,
         "seconds": round(artifact.seconds, 3),
         "receipt": receipt,
+        "divergence": _divergence(args, checkpoint, out, receipt, texts),
     }
     return _tell(args, report)
+
+
+def _texts(args: argparse.Namespace, checkpoint: HfCheckpoint) -> list[str] | None:
+    """What --text names, read before anything is written."""
+    if not args.text:
+        return None
+    from dsq.runtime.torch_engine import require_torch
+
+    require_torch(checkpoint.path)  # in which the exact codes run
+    return read_texts(args.text)
+
+
+def _divergence(
+    args: argparse.Namespace,
+    checkpoint: HfCheckpoint,
+    made: Path,
+    receipt: dict[str, Any],
+    texts: list[str] | None,
+) -> dict[str, Any] | None:
+    """The KLD of what was made from the exact codes; None where it was not measured, or is none.
+
+    A GGUF's is that of llama.cpp, which also rounds what goes into a product.
+    """
+    if texts is None or receipt["exact"]:
+        return None
+    from dsq.runtime.evaluate import evaluate
+
+    try:
+        drift = evaluate(
+            made, texts=texts, ref=checkpoint.path, chunks=_WINDOWS, n_threads=args.threads
+        ).drift
+    except InputError as error:
+        raise InputError(f"{made} is written, but was not measured: {error}") from error
+    return {
+        "kld_mean": drift.kld_mean,
+        "kld_stderr": drift.kld_stderr,
+        "tokens": drift.tokens,
+        "text": [str(path) for path in args.text],
+    }
 
 
 def _method(checkpoint: HfCheckpoint) -> str:
@@ -153,4 +204,12 @@ def _tell(args: argparse.Namespace, report: dict[str, Any]) -> int:
     reasons = Counter(t["why"] for t in receipt["tensors"] if not t["exact"] and t["why"])
     for why, n in reasons.most_common(_LISTED):
         print(f"  {n} ×: {why}")
+    found = report["divergence"]
+    if found is None:
+        print("what that adds in KL divergence was not measured: --text FILE does it")
+    else:
+        print(
+            f"KL divergence from the exact codes: {found['kld_mean']:.3g} ± "
+            f"{found['kld_stderr']:.2g} on {found['tokens']:,} tokens"
+        )
     return 0

@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,28 @@ Codes = GptqTensor | Exl2Tensor
 Parts = Mapping[str, TensorInfo]  # a linear's tensors by the last piece of their names
 
 _DTYPES = {"f32": "<f4", "f16": "<f2", "i16": "<i2", "i32": "<i4"}
+
+
+@dataclass(frozen=True)
+class PackedRun:
+    """Consecutive rows of codes of one width, and the rows of words that they are in."""
+
+    rows: slice
+    bits: int
+    words: slice
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """How the codes of a matrix lie in its words.
+
+    `groups` (n_in,): the group of each row of codes. `order` (n_in,): the input of each; None when
+    they are in order.
+    """
+
+    runs: Sequence[PackedRun]
+    groups: npt.NDArray[np.integer[Any]]
+    order: npt.NDArray[np.intp] | None
 
 
 class PackedLinears(ABC):
@@ -57,6 +80,17 @@ class PackedLinears(ABC):
     @abstractmethod
     def codes(self, name: str) -> Codes:
         """The matrix `name` ("….weight") as codes. Raises InputError for damaged contents."""
+
+    @abstractmethod
+    def layout(self, name: str) -> Layout:
+        """Where the codes are. Raises InputError for damaged contents."""
+
+    @abstractmethod
+    def contents(
+        self, name: str
+    ) -> tuple[npt.NDArray[np.int32], npt.NDArray[Any], npt.NDArray[Any]]:
+        """The words (rows, n_out or more), as they lie in the file; zero points and scales,
+        (n_groups, n_out). A weight is (code - zero) * scale."""
 
     @abstractmethod
     def kind(self, name: str) -> str:

@@ -174,14 +174,20 @@ def run_repack(
     *,
     force: bool = False,
     threads: int | None = None,
+    allow_nonfinite: bool = False,
     progress: Progress = lambda n: None,
 ) -> tuple[Artifact, dict[str, Any]]:
-    """Write the GGUF. Returns it and the receipt: see `receipt`."""
+    """Write the GGUF. Returns it and the receipt: see `receipt`.
+
+    `allow_nonfinite`: of what is stored dense; packed scales must be finite.
+    """
     start = time.perf_counter()
     threads = threads or default_threads()
     check_outputs(plan.checkpoint, plan.gguf, out, force=force)
     differences: dict[str, Difference] = {}
-    slabs = quantize_stream(_jobs(plan, differences, threads), threads=threads)
+    slabs = quantize_stream(
+        _jobs(plan, differences, threads), threads=threads, allow_nonfinite=allow_nonfinite
+    )
     paths = write_gguf(out, plan.gguf.layout, slabs, progress)
     size = sum(path.stat().st_size for path in paths)
     artifact = Artifact(tuple(paths), size, time.perf_counter() - start)

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from dsq.convert.gptq.config import named
+from dsq.convert.json_file import brief
 from dsq.convert.rope import Rope, rope_from_config
 from dsq.errors import InputError, UnsupportedError
 
@@ -76,13 +78,11 @@ def spec_from_config(
         raise UnsupportedError(
             f"config.json: hidden_act {config['hidden_act']!r} is not supported (supported: silu)"
         )
-    if config.get("quantization_config"):
-        quantization = config["quantization_config"]
-        known = isinstance(quantization, Mapping)
-        method = quantization.get("quant_method", "unknown") if known else "unknown"
+    if quantization := config.get("quantization_config"):
         raise UnsupportedError(
-            f"config.json: the checkpoint is quantized already ({method}); "
-            f"give the unquantized checkpoint"
+            f"config.json: the weights are quantized already ({_method(quantization)}), and dsq "
+            f"reads only gptq and exl2; give the model that they were made from, or a GPTQ or "
+            f"EXL2 version of it"
         )
     n_head = _int(config, "num_attention_heads")
     n_embd = _int(config, "hidden_size")
@@ -143,3 +143,14 @@ def _float(config: Mapping[str, Any], key: str, default: float) -> float:
 
 def _id(value: Any) -> int | None:
     return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def _method(quantization: Any) -> str:
+    """The name of what quantized a checkpoint; bitsandbytes' older files have none."""
+    if not isinstance(quantization, Mapping):
+        return f"quantization_config is {brief(quantization)}"
+    if method := named(quantization).get("quant_method"):
+        return f"by {brief(method)}"
+    if any(str(key).startswith(("load_in_", "_load_in_", "bnb_")) for key in quantization):
+        return "by bitsandbytes"
+    return "quantization_config names no quant_method"

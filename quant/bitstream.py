@@ -43,17 +43,37 @@ def pack_words(codes: npt.NDArray[np.uint8], bits: int) -> npt.NDArray[np.int32]
     words_per_run = run * bits // 32
     runs = -(-n // run)
     codes = _padded(codes, runs * run).reshape(runs, run, columns)
-    words = np.zeros((runs, words_per_run, columns), dtype=np.uint32)
+    words = np.empty((runs, words_per_run, columns), dtype=np.uint32)
     for part in _chunks(runs, words_per_run * columns):
-        wide = np.empty((part.stop - part.start, columns), dtype=np.uint32)
-        for i in range(run):
-            word, shift = divmod(i * bits, 32)
-            np.left_shift(codes[part, i], shift, out=wide, dtype=np.uint32)
-            words[part, word] |= wide
-            if shift + bits > 32:  # the code goes on in the next word
-                np.right_shift(codes[part, i], 32 - shift, out=wide, dtype=np.uint32)
-                words[part, word + 1] |= wide
+        fields, width = _merged(codes[part], bits)
+        out = words[part]
+        for i in range(fields.shape[1]):
+            word, shift = divmod(i * width, 32)
+            if shift == 0:
+                out[:, word] = fields[:, i]
+                continue
+            out[:, word] |= fields[:, i] << np.uint32(shift)
+            if shift + width > 32:  # it goes on in the next word
+                np.right_shift(fields[:, i], np.uint32(32 - shift), out=out[:, word + 1])
     return words.reshape(-1, columns)[: n_words(n, bits)].view(np.int32)
+
+
+def _merged(fields: npt.NDArray[Any], width: int) -> tuple[npt.NDArray[Any], int]:
+    """(runs, n, columns) fields of `width` bits, joined two and two while they fit into a word.
+
+    In the least type that holds them: a shift in 32 bits for every code would move four times as
+    many bytes.
+    """
+    while 2 * width <= 32:
+        merged = fields[:, 1::2].astype(_holding(2 * width))
+        merged <<= merged.dtype.type(width)
+        merged |= fields[:, 0::2]
+        fields, width = merged, 2 * width
+    return fields.astype(np.uint32, copy=False), width
+
+
+def _holding(width: int) -> npt.DTypeLike:
+    return np.uint8 if width <= 8 else np.uint16 if width <= 16 else np.uint32
 
 
 def unpack_words(words: npt.NDArray[np.int32], bits: int, n: int) -> npt.NDArray[np.uint8]:

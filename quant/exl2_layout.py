@@ -109,7 +109,7 @@ def pack(tensor: Exl2Tensor) -> dict[str, npt.NDArray[Any]]:
     """
     n_in, n_out = tensor.codes.shape
     check_groups(tensor.group_bits, tensor.group_rows, n_in)
-    _check_permutation(tensor.invperm, n_in)
+    check_permutation(tensor.invperm, n_in)
     columns = -(-n_out // COLUMNS) * COLUMNS
     words, starts, row, at = [], [], 0, 0
     for bits, rows in zip(tensor.group_bits.tolist(), tensor.group_rows.tolist(), strict=True):
@@ -147,14 +147,14 @@ def unpack(parts: Mapping[str, npt.NDArray[Any]], n_out: int | None = None) -> E
         if parts[name].shape != shape:
             raise InputError(f"{name} is {list(parts[name].shape)}, not {list(shape)}")
     group_bits, group_rows, starts = read_groups(q_groups, n_in, len(q_weight))
-    _check_permutation(invperm, n_in)
+    check_permutation(invperm, n_in)
     codes = np.empty((n_in, columns), dtype=np.uint8)
     row = 0
     for g, (bits, rows) in enumerate(zip(group_bits.tolist(), group_rows.tolist(), strict=True)):
         words = q_weight[starts[g] : starts[g + 1]]
         codes[row : row + rows] = unpack_words(words, bits, rows)
         row += rows
-    scale_codes = unpack_words(np.ascontiguousarray(q_scale.T), 4, columns).T
+    scale_codes = unpack_scale_codes(q_scale, columns)
     return Exl2Tensor(
         codes[:, :n_out],
         group_bits,
@@ -163,6 +163,11 @@ def unpack(parts: Mapping[str, npt.NDArray[Any]], n_out: int | None = None) -> E
         scale_max,
         invperm,
     )
+
+
+def unpack_scale_codes(q_scale: npt.NDArray[np.int32], columns: int) -> npt.NDArray[np.uint8]:
+    """The first `columns` of q_scale's codes: u8 (n_groups, columns)."""
+    return unpack_words(np.ascontiguousarray(q_scale.T), 4, columns).T
 
 
 def read_groups(
@@ -191,7 +196,8 @@ def read_groups(
     return group_bits, group_rows, starts
 
 
-def _check_permutation(invperm: npt.NDArray[np.int32], n_in: int) -> None:
+def check_permutation(invperm: npt.NDArray[np.int32], n_in: int) -> None:
+    """Raise InputError for a q_invperm that is none of `n_in` rows."""
     seen = np.zeros(n_in, dtype=bool)
     inside = invperm[(invperm >= 0) & (invperm < n_in)]
     seen[inside] = True

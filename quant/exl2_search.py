@@ -62,7 +62,7 @@ class Option:
 def candidates(
     name: str, weight: Tensor, order: Order, weights: Tensor, *, bias: bool
 ) -> list[Option]:
-    """The candidates of one matrix, by size, each larger one of less error.
+    """The candidates of one matrix, by size; see `candidates_of`.
 
     `weight` (n_out, n_in); `weights` (n_out): what a unit of a row's error costs the output. Of a
     large matrix a seeded sample of rows is measured.
@@ -77,28 +77,44 @@ def candidates(
     rows = rows.to(weight.device)
     sample = weight[rows][:, order.perm].T.contiguous()
     share = weights[rows] * (n_out / len(rows))
+    tables = {g: _table(sample, order.under.cost, share, g) for g in group_sizes(n_in)}
+    return candidates_of(name, (n_out, n_in), tables, bias=bias)
+
+
+def candidates_of(
+    name: str, shape: tuple[int, int], tables: Mapping[int, F64Array], *, bias: bool
+) -> list[Option]:
+    """The candidates of a matrix (n_out, n_in) by size, from the errors (groups, widths) of its
+    groups at every width, widest first, for each size of group.
+
+    A larger one has less error, but for the largest: `extremes` are always among them.
+    """
+    n_out, n_in = shape
     found: list[Option] = []
-    for group in _groups(n_in):
-        table = _table(sample, order.under.cost, share, group)
+    for group, table in tables.items():
         for bits in best_widths(table, _sizes(n_in, group)):
             scheme = _scheme(n_in, group, bits)
             error = sum(float(table[g, _WIDTHS.index(b)]) for g, b in enumerate(bits))
             found.append(Option({name: scheme}, scheme.total_bits(n_out, bias=bias), error))
-    return _thinned(_frontier(found))
+    best = _frontier(found)
+    largest = max(found, key=lambda o: (o.total_bits, -o.error))
+    if best[-1].total_bits < largest.total_bits:
+        best.append(largest)
+    return _thinned(best)
 
 
 def extremes(n_in: int, n_out: int, *, bias: bool) -> tuple[int, int]:
-    """`total_bits` of the smallest candidate of a matrix of that shape, and of the largest that
-    there can be: one that loses no less than a smaller one is no candidate."""
+    """`total_bits` of the smallest candidate of a matrix of that shape, and of the largest."""
     found = [
         _scheme(n_in, group, [bits] * len(_sizes(n_in, group))).total_bits(n_out, bias=bias)
-        for group in _groups(n_in)
+        for group in group_sizes(n_in)
         for bits in (_WIDTHS[0], _WIDTHS[-1])
     ]
     return min(found), max(found)
 
 
-def _groups(n_in: int) -> list[int]:
+def group_sizes(n_in: int) -> list[int]:
+    """The sizes of group that are tried for rows of `n_in`."""
     return [group for group in GROUPS if group == GROUPS[0] or group < 2 * n_in]
 
 
@@ -137,8 +153,9 @@ def best_widths(table: F64Array, sizes: npt.NDArray[np.int64]) -> list[tuple[int
     spent = sizes[:, None] * widths  # (groups, widths): bits a column
     saved = np.diff(table.sum(0)) / -np.diff(spent.sum(0))
     saved = saved[saved > 0]
+    uniform = [(int(width),) * len(table) for width in widths]
     if not len(saved):
-        return [(int(widths[-1]),) * len(table)]
+        return uniform
     price = np.geomspace(saved.min() / 64, saved.max() * 64, _PRICES)[:, None]  # (prices, 1)
     best = np.zeros((_PRICES, len(widths)))
     came: list[npt.NDArray[np.intp]] = []
@@ -155,7 +172,6 @@ def best_widths(table: F64Array, sizes: npt.NDArray[np.int64]) -> list[tuple[int
         at = np.take_along_axis(step, at[:, None], axis=1)[:, 0]
         paths.append(at)
     rows = widths[np.stack(paths[::-1], axis=1)]
-    uniform = [(int(width),) * len(table) for width in widths]
     return list(dict.fromkeys([*uniform, *(tuple(map(int, row)) for row in rows)]))
 
 

@@ -114,13 +114,18 @@ def unpack(
     for name, shape in shapes.items():
         if parts[name].shape != shape:
             raise InputError(f"{name} is {list(parts[name].shape)}, not {list(shape)}")
+    check_g_idx(g_idx, n_groups)
+    zeros = unpack_zeros(qzeros, bits, n_out, checkpoint_format, borrow=borrow)
+    codes = unpack_words(qweight, bits, n_in)
+    return GptqTensor(codes, zeros, scales, g_idx, bits)
+
+
+def check_g_idx(g_idx: npt.NDArray[np.int32], n_groups: int) -> None:
+    """Raise InputError for inputs of groups that are not there."""
     if g_idx.min() < 0 or g_idx.max() >= n_groups:
         raise InputError(
             f"g_idx goes from {g_idx.min()} to {g_idx.max()}, but there are {n_groups} groups"
         )
-    zeros = unpack_zeros(qzeros, bits, n_out, checkpoint_format, borrow=borrow)
-    codes = unpack_words(qweight, bits, n_in)
-    return GptqTensor(codes, zeros, scales, g_idx, bits)
 
 
 def unpack_zeros(

@@ -3,12 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import groupby
 from pathlib import Path
+from typing import Any
 
-from dsq.convert.packed import PackedLinears, Parts, check_part, check_scales
+import numpy as np
+import numpy.typing as npt
+
+from dsq.convert.packed import (
+    Layout,
+    PackedLinears,
+    PackedRun,
+    Parts,
+    check_part,
+    check_scales,
+)
 from dsq.convert.weight_files import Read
 from dsq.errors import InputError
-from dsq.quant.exl2_layout import COLUMNS, PARTS, Exl2Tensor, unpack
+from dsq.quant.exl2_layout import (
+    COLUMNS,
+    PARTS,
+    Exl2Tensor,
+    check_permutation,
+    read_groups,
+    scale_values,
+    unpack,
+    unpack_scale_codes,
+)
 from dsq.quant.scheme import BY_NAME, F16
 
 OPTIONAL = ("q_perm", "q_group_map")  # exllamav2 makes both of the others
@@ -50,6 +71,33 @@ class Exl2Linears(PackedLinears):
             raise self.damaged(name, error) from None
         finally:
             self.release(name)
+
+    def layout(self, name: str) -> Layout:
+        q_groups, invperm = self.read_part(name, "q_groups"), self.read_part(name, "q_invperm")
+        n_packed = self.read_part(name, "q_weight").shape[0]
+        try:
+            check_scales("q_scale_max", self.read_part(name, "q_scale_max"), may_be_zero=True)
+            bits, rows, starts = read_groups(q_groups, len(invperm), n_packed)
+            check_permutation(invperm, len(invperm))
+        except InputError as error:
+            raise self.damaged(name, error) from None
+        firsts = np.append(0, np.cumsum(rows))
+        runs = []
+        for width, same in groupby(range(len(bits)), key=lambda g: int(bits[g])):
+            first, *_, last = [*same] * 2
+            taken = slice(int(firsts[first]), int(firsts[last + 1]))
+            runs.append(PackedRun(taken, width, slice(int(starts[first]), int(starts[last + 1]))))
+        return Layout(runs, np.repeat(np.arange(len(bits)), rows), np.argsort(invperm))
+
+    def contents(
+        self, name: str
+    ) -> tuple[npt.NDArray[np.int32], npt.NDArray[Any], npt.NDArray[Any]]:
+        n_out = self.tensors[name].shape[0]
+        codes = unpack_scale_codes(self.read_part(name, "q_scale"), n_out)
+        scales = scale_values(codes, self.read_part(name, "q_scale_max")[:, None])
+        bits = self.read_part(name, "q_groups").view(np.uint16)[::2]
+        zeros = np.exp2(bits - 1.0).astype(np.float32)[:, None]
+        return self.read_part(name, "q_weight"), np.broadcast_to(zeros, scales.shape), scales
 
     def kind(self, name: str) -> str:
         return "exl2"

@@ -5,18 +5,27 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from dsq.convert.gptq.config import GptqConfig
-from dsq.convert.packed import PackedLinears, Parts, check_part, check_scales
+from dsq.convert.packed import (
+    Layout,
+    PackedLinears,
+    PackedRun,
+    Parts,
+    check_part,
+    check_scales,
+)
 from dsq.convert.weight_files import Read
 from dsq.errors import InputError
 from dsq.quant.gptq_blocks import gathering, run_groups
 from dsq.quant.gptq_layout import (
     PARTS,
     GptqTensor,
+    check_g_idx,
     check_packable,
     part_shapes,
     unpack,
@@ -68,6 +77,23 @@ class GptqLinears(PackedLinears):
         if (order := self._out_order.get(name)) is not None:
             tensor = tensor.columns(order)
         return tensor
+
+    def layout(self, name: str) -> Layout:
+        assert not self._in_order, "gathered: the words are in the files' order still"
+        g_idx, scales, bits = self.g_idx(name), self.read_part(name, "scales"), self.bits(name)
+        try:
+            check_scales("scales", scales)
+            check_g_idx(g_idx, len(scales))
+        except InputError as error:
+            raise self.damaged(name, error) from None
+        n_in = len(g_idx)
+        run = PackedRun(slice(0, n_in), bits, slice(0, n_in * bits // 32))
+        return Layout([run], g_idx, None)
+
+    def contents(
+        self, name: str
+    ) -> tuple[npt.NDArray[np.int32], npt.NDArray[Any], npt.NDArray[Any]]:
+        return self.read_part(name, "qweight"), self.zeros(name), self.read_part(name, "scales")
 
     def g_idx(self, name: str) -> npt.NDArray[np.int32]:
         """The group of each input."""

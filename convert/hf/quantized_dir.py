@@ -12,8 +12,6 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -23,7 +21,8 @@ import numpy.typing as npt
 
 from dsq.convert.atomic import DiskError, check_directory, write_text
 from dsq.convert.checkpoint import GgufCheckpoint, HfCheckpoint
-from dsq.convert.hf.writer import SHARD_BYTES, config_json, generation_config_json, is_model_file
+from dsq.convert.hf.shards import DTYPES, SHARD_BYTES, OutTensor, cut, header, index
+from dsq.convert.hf.writer import config_json, generation_config_json, is_model_file
 from dsq.convert.names import gguf_name, permuted_heads
 from dsq.convert.tensor_plan import half_split_rows
 from dsq.errors import InputError
@@ -32,24 +31,19 @@ from dsq.quant.fileio import reserve, write_at
 from dsq.quant.scheme import BF16, F16, GgmlType
 from dsq.tokenizer_port.to_hf import hf_files
 
-# safetensors' names; bf16 has no dtype in numpy and is given as its bits.
-_DTYPES = {"I32": "<i4", "I16": "<i2", "F16": "<f2", "BF16": "<u2", "F32": "<f4"}
+__all__ = [
+    "DirectoryWriter",
+    "OutTensor",
+    "check_output",
+    "dense_data",
+    "dense_tensor",
+    "dense_type",
+    "is_quantized_file",
+    "model_files",
+]
+
 _FLOATS = {"f16": "F16", "bf16": "BF16"}
-_INDEX = "model.safetensors.index.json"
 _READY, _OLD = "ready", "replaced"  # folders in the work folder
-
-
-@dataclass(frozen=True)
-class OutTensor:
-    """A tensor of the directory: `dtype` is safetensors' (I32, I16, F16, BF16 or F32)."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-
-    @property
-    def n_bytes(self) -> int:
-        return prod(self.shape) * np.dtype(_DTYPES[self.dtype]).itemsize
 
 
 def is_quantized_file(name: str) -> bool:
@@ -77,7 +71,7 @@ class DirectoryWriter:
         shard_bytes: int = SHARD_BYTES,
     ) -> None:
         self.work, self.out = work, out
-        self._shards = _shards(tensors, shard_bytes)
+        self._shards = cut(tensors, shard_bytes)
         self._places: dict[str, tuple[int, OutTensor, int]] = {}  # file, tensor, offset
         self._files = ExitStack()
         self._open: list[int] = []
@@ -95,7 +89,7 @@ class DirectoryWriter:
     def put(self, name: str, values: npt.NDArray[Any]) -> None:
         """Write the tensor of that name; bf16 is given as uint16."""
         file, tensor, offset = self._places[name]
-        wanted = np.dtype(_DTYPES[tensor.dtype])
+        wanted = np.dtype(DTYPES[tensor.dtype])
         if values.shape != tensor.shape or values.dtype != wanted:
             raise ValueError(f"{name}: {values.dtype} {values.shape} for {tensor}")
         data = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
@@ -118,7 +112,7 @@ class DirectoryWriter:
         for name in self._shards:
             if (self.work / name).exists():
                 (self.work / name).replace(ready / name)
-        for name, content in {**files, **self._index()}.items():
+        for name, content in {**files, **index(self._shards)}.items():
             write_text(ready / name, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
         try:
             check_output(self.out, force=force)
@@ -134,23 +128,17 @@ class DirectoryWriter:
         moved = self.work / _READY / path.name
         if moved.exists() and not path.exists():
             path = moved
-        header, offsets = _header(members)
+        top, offsets = header(members)
         file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         self._files.callback(os.close, file)
         self._open.append(file)
-        size = len(header) + sum(t.n_bytes for t in members)
-        if os.fstat(file).st_size != size or os.pread(file, len(header), 0) != header:
+        size = len(top) + sum(t.n_bytes for t in members)
+        if os.fstat(file).st_size != size or os.pread(file, len(top), 0) != top:
             os.ftruncate(file, 0)
             reserve(file, size)
-            write_at(file, header, 0)
+            write_at(file, top, 0)
         for tensor, offset in zip(members, offsets, strict=True):
             self._places[tensor.name] = file, tensor, offset
-
-    def _index(self) -> dict[str, Any]:
-        if len(self._shards) == 1:
-            return {}
-        places = {t.name: name for name, members in self._shards.items() for t in members}
-        return {_INDEX: {"metadata": {"total_size": self.n_bytes}, "weight_map": places}}
 
     def __exit__(
         self,
@@ -227,37 +215,3 @@ def model_files(
 
 def _rounded(values: npt.NDArray[np.float32], to: GgmlType) -> npt.NDArray[Any]:
     return ggml.quantize(values.reshape(1, -1), to).reshape(-1).view("<u2")
-
-
-def _shards(tensors: Sequence[OutTensor], shard_bytes: int) -> dict[str, list[OutTensor]]:
-    groups: list[list[OutTensor]] = [[]]
-    size = 0
-    for tensor in tensors:
-        if groups[-1] and size + tensor.n_bytes > shard_bytes:
-            groups.append([])
-            size = 0
-        groups[-1].append(tensor)
-        size += tensor.n_bytes
-    n = len(groups)
-    if n == 1:
-        return {"model.safetensors": groups[0]}
-    return {f"model-{i + 1:05d}-of-{n:05d}.safetensors": g for i, g in enumerate(groups)}
-
-
-def _header(members: Sequence[OutTensor]) -> tuple[bytes, list[int]]:
-    """A safetensors header, and each tensor's offset in the file."""
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offsets = []
-    at = 0
-    for tensor in members:
-        entries[tensor.name] = {
-            "dtype": tensor.dtype,
-            "shape": list(tensor.shape),
-            "data_offsets": [at, at + tensor.n_bytes],
-        }
-        offsets.append(at)
-        at += tensor.n_bytes
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    header = len(text).to_bytes(8, "little") + text
-    return header, [len(header) + offset for offset in offsets]

@@ -1,4 +1,4 @@
-"""GGUF → Hugging Face: safetensors shards, config.json, generation_config.json, tokenizer.
+"""GGUF, GPTQ or EXL2 → Hugging Face: safetensors shards, config.json and so on, tokenizer.
 
 `config.json` is written here, never through `save_pretrained`, which in transformers 5 keeps the
 RoPE factor under a key that exllamav2 does not read.
@@ -19,9 +19,10 @@ from dsq.convert.atomic import (
     check_space,
     start_writeback,
 )
-from dsq.convert.checkpoint import GgufCheckpoint
+from dsq.convert.checkpoint import GgufCheckpoint, HfCheckpoint
 from dsq.convert.gguf.writer import write_all
-from dsq.convert.names import ROPE_FREQS, hf_name, permuted_heads
+from dsq.convert.hf.shards import INDEX, SHARD_BYTES, OutTensor, cut, header, index
+from dsq.convert.names import ROPE_FREQS, gguf_name, hf_name, permuted_heads
 from dsq.convert.pipeline import Artifact, source_files
 from dsq.convert.spec import ARCHITECTURE, ModelSpec
 from dsq.convert.tensor_plan import TensorStep, half_split_rows
@@ -33,11 +34,10 @@ from dsq.quant.threads import default_threads
 from dsq.tokenizer_port.to_hf import hf_files
 from dsq.tokenizer_port.vocabulary import Vocabulary
 
-SHARD_BYTES = 5 << 30  # as transformers cuts
 _FILES = {
     "config.json",
     "generation_config.json",
-    "model.safetensors.index.json",
+    INDEX,
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -51,10 +51,15 @@ def is_model_file(name: str) -> bool:
     return name in _FILES or re.fullmatch(r"model(-\d{5}-of-\d{5})?\.safetensors", name) is not None
 
 
-def plan_to_hf(checkpoint: GgufCheckpoint, outtype: str = "auto") -> tuple[TensorStep, ...]:
+def plan_to_hf(
+    checkpoint: GgufCheckpoint | HfCheckpoint, outtype: str = "auto"
+) -> tuple[TensorStep, ...]:
     """Every tensor under its HF name. `auto` keeps float types and holds quantized ones in f32,
     the only type that holds dequantized values exactly; vectors follow the matrices."""
     to = _outtype(checkpoint, outtype)
+    if isinstance(checkpoint, HfCheckpoint):
+        ordered = sorted(checkpoint.tensors.values(), key=lambda t: tensor_order(gguf_name(t.name)))
+        return tuple(TensorStep(info.name, info.shape, to, info) for info in ordered)
     return tuple(
         TensorStep(
             hf_name(info.name), info.shape, to, info, permuted_heads(info.name, checkpoint.spec)
@@ -64,7 +69,7 @@ def plan_to_hf(checkpoint: GgufCheckpoint, outtype: str = "auto") -> tuple[Tenso
     )
 
 
-def _outtype(checkpoint: GgufCheckpoint, outtype: str) -> GgmlType:
+def _outtype(checkpoint: GgufCheckpoint | HfCheckpoint, outtype: str) -> GgmlType:
     if outtype != "auto":
         if outtype not in _DTYPES:
             raise InputError(f"--outtype {outtype} for --to hf; choose auto, f32, f16 or bf16")
@@ -74,7 +79,7 @@ def _outtype(checkpoint: GgufCheckpoint, outtype: str) -> GgmlType:
 
 
 def write_hf(
-    checkpoint: GgufCheckpoint,
+    checkpoint: GgufCheckpoint | HfCheckpoint,
     steps: Sequence[TensorStep],
     out: Path,
     *,
@@ -84,8 +89,12 @@ def write_hf(
     dither: Dither | None = None,
     pre: str | None = None,
     progress: Callable[[int], None] = lambda n: None,
+    jobs: Iterator[Job] | None = None,
 ) -> Artifact:
-    """Write the directory; it appears under its name only when complete."""
+    """Write the directory; it appears under its name only when complete.
+
+    `jobs`: the steps' tensors, where they are not read from the files as they lie there.
+    """
     start = time.perf_counter()
     n_bytes = sum(s.n_bytes for s in steps)
     out = out.resolve()
@@ -94,41 +103,39 @@ def write_hf(
     check_directory(out, force=force, ours=is_model_file)
     check_space(out, n_bytes)
     vocab = checkpoint.vocabulary(pre=pre)
-    shards = _shards(steps)
+    tensors = [OutTensor(s.name, _DTYPES[s.to.name], s.shape) for s in steps]
+    shards = cut(tensors, SHARD_BYTES)
     slabs = quantize_stream(
-        _jobs(checkpoint, steps, dither),
+        _jobs(checkpoint, steps, dither) if jobs is None else jobs,
         threads=threads or default_threads(),
         allow_nonfinite=allow_nonfinite,
     )
     with atomic_directory(out, force=force, ours=is_model_file) as folder:
-        stream = iter(slabs)
         for name, members in shards.items():
             with (folder / name).open("wb", buffering=0) as file:
-                write_all(file, _header(members))
-                for step in members:
-                    for slab in stream:
-                        assert slab.job.name == step.name
+                write_all(file, header(members)[0])
+                for tensor in members:
+                    for slab in slabs:
+                        assert slab.job.name == tensor.name
                         write_all(file, slab.bytes)
                         start_writeback(file.fileno())
                         progress(slab.data.nbytes)
                         if slab.last:
                             break
-        if len(shards) > 1:
-            index = {
-                "metadata": {"total_size": n_bytes},
-                "weight_map": {s.name: name for name, m in shards.items() for s in m},
-            }
-            _write_json(folder / "model.safetensors.index.json", index)
-        _write_json(folder / "config.json", config_json(checkpoint.spec, vocab, steps[0].to))
-        _write_json(folder / "generation_config.json", generation_config_json(vocab))
-        for name, content in hf_files(vocab, checkpoint.spec.n_ctx).items():
+        contents = {
+            **index(shards),
+            "config.json": config_json(checkpoint.spec, vocab, steps[0].to),
+            "generation_config.json": generation_config_json(vocab),
+            **hf_files(vocab, checkpoint.spec.n_ctx),
+        }
+        for name, content in contents.items():
             _write_json(folder / name, content)
     files = tuple(sorted(out.iterdir()))
     return Artifact(files, sum(f.stat().st_size for f in files), time.perf_counter() - start)
 
 
 def _jobs(
-    checkpoint: GgufCheckpoint, steps: Sequence[TensorStep], dither: Dither | None
+    checkpoint: GgufCheckpoint | HfCheckpoint, steps: Sequence[TensorStep], dither: Dither | None
 ) -> Iterator[Job]:
     for step in steps:
         assert step.source is not None
@@ -167,37 +174,6 @@ def config_json(spec: ModelSpec, vocab: Vocabulary, to: GgmlType) -> dict[str, A
 def generation_config_json(vocab: Vocabulary) -> dict[str, Any]:
     ids = {"bos_token_id": vocab.bos, "eos_token_id": vocab.eos, "pad_token_id": vocab.pad}
     return {key: value for key, value in ids.items() if value is not None}
-
-
-def _shards(steps: Sequence[TensorStep]) -> dict[str, list[TensorStep]]:
-    groups: list[list[TensorStep]] = [[]]
-    size = 0
-    for step in steps:
-        if groups[-1] and size + step.n_bytes > SHARD_BYTES:
-            groups.append([])
-            size = 0
-        groups[-1].append(step)
-        size += step.n_bytes
-    if len(groups) == 1:
-        return {"model.safetensors": groups[0]}
-    n = len(groups)
-    return {f"model-{i + 1:05d}-of-{n:05d}.safetensors": g for i, g in enumerate(groups)}
-
-
-def _header(steps: Sequence[TensorStep]) -> bytes:
-    """The safetensors header: 8 bytes of length, then JSON padded to a multiple of 8."""
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for step in steps:
-        entries[step.name] = {
-            "dtype": _DTYPES[step.to.name],
-            "shape": list(step.shape),
-            "data_offsets": [offset, offset + step.n_bytes],
-        }
-        offset += step.n_bytes
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
 
 
 def _write_json(path: Path, content: Any) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
 
 from dsq.cli.main import main
 from dsq.convert.checkpoint import open_checkpoint
@@ -80,6 +82,7 @@ def test_a_lossy_repack_says_so_and_exact_refuses_it(files, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "12 of 14 matrices are not lossless; the largest difference of a weight is 0.00" in said
     assert "12 ×: act-order scatters its groups" in said
+    assert "KL divergence was not measured: --text FILE does it" in said
     report, _ = run_json(capsys, *command, "--exact", "--outtype", "f32", "--force")
     assert report["receipt"]["largest_difference"] == 0
 
@@ -92,12 +95,65 @@ def test_a_lossy_repack_says_so_and_exact_refuses_it(files, tmp_path, capsys):
         (["--outtype", "q4_k_m"], "choose auto, or f32, f16, bf16 or q8_0 for the rest"),
         (["--to", "hf", "--outtype", "q8_0"], "--outtype q8_0 for --to hf; choose auto"),
         (["--to", "hf", "--dither", "0.5"], "--dither goes with a .gguf"),
-        (["--allow-nonfinite"], "is quantized; its scales must be finite"),
     ],
 )
 def test_what_a_packed_source_refuses(files, capsys, options, message):
     assert main(["convert", str(files / "gptq"), *options]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("to", "out"), [("gguf", "m.gguf"), ("hf", "m")])
+def test_a_norm_of_nan_is_refused_and_goes_through_when_asked(files, tmp_path, capsys, to, out):
+    damaged, name = tmp_path / "damaged", "model.norm.weight"
+    shutil.copytree(files / "gptq", damaged)
+    change(damaged, lambda tensors: tensors[name].__setitem__(3, np.nan))
+    command = ["convert", str(damaged), "--to", to, "-o", str(tmp_path / out)]
+    assert main(command) == 2
+    said = capsys.readouterr().err
+    assert "1 weights are NaN or Inf" in said
+    assert "--allow-nonfinite converts it all the same" in said
+    assert main([*command, "--allow-nonfinite"]) == 0
+    made = open_checkpoint(tmp_path / out)
+    stored = made.data("output_norm.weight" if to == "gguf" else name).view(np.float32)
+    assert np.flatnonzero(np.isnan(stored)).tolist() == [3]
+
+
+def test_scales_are_finite_whatever_is_allowed(files, tmp_path, capsys):
+    damaged = tmp_path / "damaged"
+    shutil.copytree(files / "gptq", damaged)
+    name = "model.layers.1.mlp.up_proj.scales"
+    change(damaged, lambda tensors: tensors[name].__setitem__((0, 5), np.nan))
+    command = ["convert", str(damaged), "-o", str(tmp_path / "m.gguf"), "--allow-nonfinite"]
+    assert main(command) == 2
+    assert (
+        "up_proj: 1 of 2048 scales are NaN or Inf; the file is damaged" in capsys.readouterr().err
+    )
+
+
+@pytest.mark.torch
+def test_what_a_lossy_repack_adds_is_measured_on_a_text(files, tmp_path, capsys):
+    """Also with the text before the source, which it would swallow."""
+    out, text = tmp_path / "m.gguf", tmp_path / "text"
+    text.write_text("\n".join(HELDOUT.read_text().splitlines()[:150]))
+    source = files / "scattered"
+    command = ["convert", "--text", text, source, "-o", out, "-t", "1"]
+    report, _ = run_json(capsys, *command)
+    found = report["divergence"]
+    judged, _ = run_json(capsys, "eval", out, "--ref", source, "--text", text, "-t", "1")
+    assert found["kld_mean"] == judged["kld_mean"]
+    assert 0 < found["kld_mean"] < 0.01
+    assert found["tokens"] == judged["tokens"]
+    text.write_text("def")
+    assert main([*map(str, command), "--force"]) == 2
+    assert f"{out} is written, but was not measured:" in capsys.readouterr().err
+    assert main(["convert", str(files / "source"), "--text", str(text)]) == 2
+    assert "--text: calibrates --to gptq and --to exl2, and" in capsys.readouterr().err
+
+
+def change(folder: Path, edit: Any) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    edit(tensors)
+    save_file(tensors, folder / "model.safetensors")
 
 
 def test_exact_is_for_packed_sources(files, capsys):

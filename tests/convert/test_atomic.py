@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import shutil
 import socket
@@ -11,8 +12,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from dsq.convert.atomic import atomic_directory, atomic_files, check_target
+from dsq.convert.atomic import atomic_directory, atomic_files, check_target, sweep
 from dsq.errors import InputError
+from tests.killed import Killed, killed_at
 
 
 def names(folder):
@@ -101,6 +103,81 @@ def test_a_failed_directory_keeps_the_old_one(tmp_path):
         raise RuntimeError
     assert names(out) == ["old"]
     assert names(tmp_path) == ["hf"]
+
+
+def replace_files(paths):
+    for path in paths:
+        check_target(path, force=True)
+    with atomic_files(paths) as temporary:
+        for path in temporary:
+            path.write_text("new")
+
+
+def test_killed_at_any_operation_and_run_again(tmp_path):
+    """No file is ever half there, and nothing is left beside them in the end."""
+    for n in itertools.count():
+        folder = tmp_path / str(n)
+        folder.mkdir()
+        paths = [folder / "a", folder / "b"]
+        for path in paths:
+            path.write_text("old")
+        try:
+            with killed_at(n):
+                replace_files(paths)
+        except Killed:
+            assert {path.read_text() for path in paths} <= {"old", "new"}
+            replace_files(paths)
+        else:
+            break
+        assert names(folder) == ["a", "b"]
+        assert {path.read_text() for path in paths} == {"new"}
+    assert n > 8
+
+
+def replace_directory(out):
+    with atomic_directory(out, force=True, ours=ours) as folder:
+        for name in ("new", "half"):
+            (folder / name).write_text("")
+
+
+def test_a_directory_killed_at_any_operation(tmp_path):
+    """Looked at again it is the old one or the new one, whole."""
+    for n in itertools.count():
+        out = tmp_path / str(n) / "hf"
+        out.mkdir(parents=True)
+        (out / "old").write_text("")
+        try:
+            with killed_at(n):
+                replace_directory(out)
+        except Killed:
+            sweep(out)
+            assert names(out) in (["old"], ["half", "new"])
+            assert names(out.parent) == ["hf"]
+            replace_directory(out)
+        else:
+            break
+        assert names(out) == ["half", "new"]
+        assert names(out.parent) == ["hf"]
+    assert n > 8
+
+
+def test_what_a_living_run_writes_is_not_swept_away(tmp_path):
+    out, directory = tmp_path / "out", tmp_path / "hf"
+    of_others = [tmp_path / name for name in (".out.txt.0123abcd.tmp", ".out.tmp", "out.tmp")]
+    for path in of_others:
+        path.touch()
+    with (
+        atomic_files([out]) as (file,),
+        atomic_directory(directory, force=False, ours=ours) as folder,
+    ):
+        for path in (out, directory):
+            sweep(path)
+        assert file.exists()
+        assert folder.exists()
+        file.write_text("new")
+        check_target(out, force=False)
+    assert out.read_text() == "new"
+    assert all(path.exists() for path in of_others)
 
 
 def test_targets_are_checked_before_any_work(tmp_path):

@@ -16,6 +16,7 @@ from dsq.convert.pipeline import plan_gguf, run_gguf_plan
 from dsq.errors import InputError
 from dsq.quant.presets import PRESETS
 from tests import models
+from tests.exllamav2_config import by_its_rules
 from tests.models import TINY_CODER, llama_config, random_weights
 
 SHAPES = {
@@ -70,14 +71,7 @@ def tiny_hf(tmp_path_factory):
 
 
 def test_the_factor_is_found_by_exllamav2s_rules(tiny_hf):
-    """exllamav2 0.3.2, config.py: `rope_theta` at the top, `rope_scaling` with one of `type` and
-    `rope_type`; it does not look into `rope_parameters`."""
-    config = json.loads((tiny_hf / "config.json").read_text())
-    assert config["rope_theta"] == 100000
-    scaling = config["rope_scaling"]
-    assert ("type" in scaling) != ("rope_type" in scaling)
-    assert scaling.get("type", scaling.get("rope_type")) == "linear"
-    assert scaling["factor"] == 4
+    assert by_its_rules(tiny_hf) == (100000, 4)
 
 
 @pytest.mark.torch

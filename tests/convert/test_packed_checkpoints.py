@@ -321,7 +321,19 @@ def test_gptqmodels_newer_key_of_the_method(tmp_path):
         ({"dynamic": {"(": {}}}, InputError, "dynamic"),
         ({"dynamic": [1]}, InputError, "dynamic is"),
         ({"group_size": 0}, InputError, "groups of 0"),
-        ({"quant_method": "awq"}, UnsupportedError, r"quantized already \(awq\)"),
+        (
+            {"quant_method": "awq"},
+            UnsupportedError,
+            r"already \(by 'awq'\).*gptq and exl2",
+        ),
+        (
+            {"quant_method": None, "method": "fp8"},
+            UnsupportedError,
+            r"already \(by 'fp8'\).*give the",
+        ),
+        ({"quant_method": "bitsandbytes"}, UnsupportedError, r"\(by 'bitsandbytes'\)"),
+        ({"quant_method": None, "load_in_4bit": True}, UnsupportedError, r"\(by bitsandbytes\)"),
+        ({"quant_method": None}, UnsupportedError, "names no quant_method"),
     ],
 )
 def test_settings_that_make_no_sense(tmp_path, changes, error, said):

@@ -28,6 +28,7 @@ from dsq.convert.pipeline import plan_gguf, run_gguf_plan
 from dsq.errors import InputError
 from dsq.quant.presets import preset
 from dsq.quant.scheme import BF16, F16
+from tests.exllamav2_config import by_its_rules
 from tests.models import llama_config, random_weights, to_bf16, write_hf
 
 TENSORS = (
@@ -194,14 +195,9 @@ def files_of(tmp_path: Path, **changes: Any) -> Path:
 
 
 def test_exllamav2_finds_factor_and_base(tmp_path: Path) -> None:
-    """Its config.py, 0.3.2: `rope_theta` at the top; `rope_scaling` with either `type` or
-    `rope_type`; `factor` in it."""
-    config = json.loads((files_of(tmp_path) / "config.json").read_text())
-    scaling = config["rope_scaling"]
-    assert not (scaling.get("type") and scaling.get("rope_type"))
-    assert scaling.get("type") or scaling.get("rope_type") == "linear"
-    assert scaling["factor"] == 4.0
-    assert config["rope_theta"] == 100000.0
+    out = files_of(tmp_path)
+    assert by_its_rules(out) == (100000, 4)
+    config = json.loads((out / "config.json").read_text())
     assert config["quantization_config"] == {"quant_method": "gptq"}
 
 

@@ -20,7 +20,16 @@ from dsq.quant.exl2 import (
 )
 from dsq.quant.exl2_layout import EXL2_BITS, pack
 from dsq.quant.exl2_measurement import Measurement, read_measurement
-from dsq.quant.exl2_search import TOLERANCE, Option, allocate, best_widths, candidates, extremes
+from dsq.quant.exl2_search import (
+    TOLERANCE,
+    Option,
+    allocate,
+    best_widths,
+    candidates,
+    candidates_of,
+    extremes,
+    group_sizes,
+)
 from dsq.quant.stats import SHAPE_KEYS
 from tests.quant.exl2_reference import reconstruct
 
@@ -268,6 +277,63 @@ def test_a_target_out_of_reach_is_refused() -> None:
     for bpw in (1.9, 8.1):
         with pytest.raises(InputError, match=r"take 2\.000 to 8\.000 bits a weight"):
             allocate(table, n_weights, bpw)
+
+
+SMOLLM2 = {"q": (576, 576), "k": (192, 576), "v": (192, 576), "o": (576, 576)} | {
+    **dict.fromkeys(("gate", "up"), (1536, 576)),
+    "down": (576, 1536),
+}
+CODER = dict.fromkeys("qkvo", (2048, 2048)) | {
+    **dict.fromkeys(("gate", "up"), (5504, 2048)),
+    "down": (2048, 5504),
+}
+TARGETS = (2.5, 3.0, 4.0, 5.37, 6.5, 8.0)
+
+
+def of_shapes(shapes: dict[str, tuple[int, int]], n_layer: int) -> dict[str, list[Option]]:
+    """Candidates as a measurement of such a model finds them: errors fall fourfold a bit, and
+    the first rows of an act-order weigh most."""
+    rng, found = np.random.default_rng(0), {}
+    for layer in range(n_layer):
+        for name, (n_out, n_in) in shapes.items():
+            leaning = rng.lognormal(sigma=2) * np.sort(rng.lognormal(sigma=1.5, size=n_in))[::-1]
+            tables = {}
+            for group in group_sizes(n_in):
+                share = np.add.reduceat(leaning, np.arange(0, n_in, group))
+                tables[group] = share[:, None] * 4.0 ** -np.array(sorted(EXL2_BITS, reverse=True))
+                tables[group] *= 1 + group / 1000  # larger groups fit less well
+            found[f"{layer}.{name}"] = candidates_of(name, (n_out, n_in), tables, bias=False)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("shapes", "n_layer", "targets"),
+    [
+        pytest.param(SMOLLM2, 3, (2.5, 8.0), id="SmolLM2, 3 layers"),
+        pytest.param(CODER, 3, (2.2, 8.0), id="1.3b, 3 layers"),
+        pytest.param(SMOLLM2, 30, TARGETS, id="SmolLM2", marks=pytest.mark.slow),
+        pytest.param(CODER, 24, (2.2, *TARGETS), id="1.3b", marks=pytest.mark.slow),
+    ],
+)
+def test_targets_on_the_shapes_of_real_models(shapes, n_layer, targets) -> None:
+    table = of_shapes(shapes, n_layer)
+    n_weights = n_layer * sum(n_out * n_in for n_out, n_in in shapes.values())
+    last = float("inf")
+    for bpw in targets:
+        chosen = allocate(table, n_weights, bpw)
+        assert bpw - TOLERANCE <= chosen.bpw <= bpw
+        assert chosen.error < last
+        last = chosen.error
+
+
+def test_what_can_be_is_known_before_anything_is_measured() -> None:
+    """Also where larger groups happen to lose less, or no width loses anything."""
+    for error in (lambda group, bits: 4.0**-bits / group, lambda group, bits: 0.0 * bits):
+        bits = np.array(sorted(EXL2_BITS, reverse=True))
+        tables = {g: np.tile(error(g, bits), (-(-576 // g), 1)) for g in group_sizes(576)}
+        sizes = [o.total_bits for o in candidates_of("m", (192, 576), tables, bias=True)]
+        assert (sizes[0], sizes[-1]) == extremes(576, 192, bias=True)
+        assert sizes == sorted(sizes)
 
 
 # measurement.json

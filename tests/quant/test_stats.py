@@ -214,6 +214,19 @@ def test_nan_in_the_mean_squares_is_refused(tmp_path):
         read_stats(tmp_path / "s")
 
 
+def test_nan_in_a_hessian_is_refused_when_it_is_read(tmp_path):
+    with writer(tmp_path / "s") as out:
+        fill(out, input_sizes(MODEL))
+        n = input_sizes(MODEL)["blk.1.ffn_in"]
+        bad = np.eye(n, dtype=np.float32)
+        bad[1, 2] = np.nan
+        out.put_input("blk.1.ffn_in", np.ones(n, np.float32), bad)
+    stats = read_stats(tmp_path / "s")
+    assert stats.inputs["blk.0.ffn_in"].hessian is not None
+    with pytest.raises(InputError, match=r"blk\.1\.ffn_in\.hessian has values that are NaN"):
+        stats.inputs["blk.1.ffn_in"].hessian  # noqa: B018
+
+
 @settings(max_examples=100, deadline=None, database=None)
 @given(data=st.data())
 def test_a_damaged_file_is_read_or_refused(tmp_path_factory, data):

@@ -18,7 +18,7 @@ from safetensors.numpy import load_file
 
 from dsq.cli.main import main
 from dsq.convert.checkpoint import open_checkpoint
-from dsq.errors import InputError
+from dsq.errors import DsqError, InputError
 from dsq.quant.stats import read_stats
 from dsq.runtime import decoder
 from dsq.runtime.calibration import calibrate
@@ -28,6 +28,7 @@ from dsq.runtime.fidelity.exl2_plan import Options, plan_exl2
 from tests.models import TINY_CODER, llama_config, write_hf
 from tests.quant.exl2_reference import reconstruct
 from tests.runtime.changed import changed
+from tests.runtime.dying import die
 
 torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.torch
@@ -162,9 +163,9 @@ def test_the_config_says_it(coder) -> None:
 
 @pytest.mark.gpu
 def test_exllamav2_gives_the_logits_of_our_reading(coder) -> None:
-    exllamav2 = pytest.importorskip("exllamav2")
-    if not torch.cuda.is_available():
+    if not torch.cuda.is_available():  # without one, exllamav2 cannot be imported
         pytest.skip("no CUDA card")
+    exllamav2 = pytest.importorskip("exllamav2")
     out, _ = coder[4.0]
     ids = windows(TINY_CODER, HELD_OUT, 128)
     config = exllamav2.ExLlamaV2Config(str(out))
@@ -211,7 +212,7 @@ def files(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
-@pytest.mark.parametrize("bpw", [2.8, 5.5, 8.0])
+@pytest.mark.parametrize("bpw", [2.8, 5.5, 8.0, 8.3])
 def test_any_target_and_shape(bpw: float, small: Path, few, whole: Path, tmp_path: Path) -> None:
     export(small, tmp_path / "out", bpw, few, whole / "measurement.json", head_bits=4)
     bits, n_weights = layer_bits(tmp_path / "out")
@@ -308,6 +309,66 @@ def test_killed_and_run_again_gives_the_same_bytes(
     assert {path.name for path in tmp_path.iterdir()} == {"out", "ids.npy"}
 
 
+_CONVERT = """
+from pathlib import Path
+import numpy as np
+from dsq.convert.checkpoint import open_checkpoint
+from dsq.runtime.fidelity.exl2 import convert
+from dsq.runtime.fidelity.exl2_plan import Options, plan_exl2
+
+options = Options(4.5, n_threads=1, device="cpu")
+plan = plan_exl2(open_checkpoint(model), options, Path(measurement) if measurement else None)
+convert(plan, np.load(ids), Path(out), about_text={"name": "stdlib"})
+"""
+WRITE = "dsq.convert.hf.quantized_dir:write_at"
+WORK = "dsq.runtime.calibration.workdir:WorkDir"
+LAYERS = 2 * (7 * 5 + 2)  # tensors: five of each matrix, and two norms
+
+
+@pytest.mark.parametrize(
+    ("where", "nth", "resumed"),
+    [
+        # After the gradients and two layers:
+        pytest.param("dsq.runtime.fidelity.exl2:allocate", 1, 3, marks=pytest.mark.slow),
+        (WRITE, 1 + LAYERS + 2 + 3, 3),  # the header, the layers, what is dense, half of the head
+        pytest.param("dsq.convert.hf.quantized_dir:write_text", 2, 4, marks=pytest.mark.slow),
+        pytest.param(
+            "dsq.runtime.calibration.workdir:WorkDir.finish", 1, 4, marks=pytest.mark.slow
+        ),
+        pytest.param(f"{WORK}._clear", 1, 4, marks=pytest.mark.slow),  # it has its name already
+    ],
+)
+def test_killed_in_the_choice_the_head_or_the_naming(
+    where: str, nth: int, resumed: int, small: Path, few, whole: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    np.save(tmp_path / "ids.npy", few)
+    measurement = None if where.endswith(":allocate") else whole / "measurement.json"
+    values = {"model": small, "ids": tmp_path / "ids.npy", "measurement": measurement, "out": out}
+    die(_CONVERT, where, nth, **values)
+    assert out.exists() == where.endswith("_clear")
+    assert export(small, out, 4.5, few, measurement).resumed_steps == resumed
+    assert files(out) == files(whole)
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "ids.npy"}
+
+
+def test_a_measurement_outlives_a_choice_that_failed(
+    small: Path, few, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+
+    def unsolved(*_: Any) -> None:
+        raise DsqError("the integer program was not solved")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(exl2, "allocate", unsolved)
+        with pytest.raises(DsqError, match=r"not solved; .*--measurement .*out\.measurement\.json"):
+            export(small, out, 4.5, few)
+    (kept,) = tmp_path.iterdir()
+    export(small, out, 4.5, few, kept)
+    assert files(out) == files(whole)
+
+
 def test_other_statistics_or_weights_are_not_gone_on_with(
     small: Path, few, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -364,11 +425,17 @@ def test_damaged_weights_are_named_before_the_measurement(
 
 def test_what_cannot_be_is_refused(small: Path, few, whole: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    for bpw, told in ((2.05, "take 2"), (1.0, "above 2"), (float("nan"), "above 2")):
+    for bpw, told in (
+        (2.05, "take 2"),
+        (1.0, "above 2"),
+        (float("nan"), "above 2"),
+    ):
         with pytest.raises(InputError, match=told):
             export(small, out, bpw, few, whole / "measurement.json")
         with pytest.raises(InputError, match=told):  # before the measurement
             plan_exl2(open_checkpoint(small), Options(bpw))
+    with pytest.raises(InputError, match=r"take 2\.\d+ to 8\.\d+ bits"):  # near the top
+        plan_exl2(open_checkpoint(TINY_CODER), Options(8.45))
     with pytest.raises(InputError, match=r"whole.*a measurement of another model"):
         export(TINY_CODER, out, 4.0, few, whole / "measurement.json")
     odd = write_hf(tmp_path / "odd", llama_config(hidden_size=80, num_key_value_heads=1))

@@ -17,7 +17,7 @@ from dsq.errors import InputError
 from dsq.runtime import packed_engine
 from dsq.runtime.torch_engine import TorchEngine
 from tests.models import ROOT, llama_config
-from tests.packed_models import write_exl2, write_gptq
+from tests.packed_models import exl2_rounded, is_linear, write_exl2, write_gptq, write_packed
 
 pytestmark = pytest.mark.torch
 IDS = np.random.default_rng(1).integers(0, 4000, 40).tolist()
@@ -38,6 +38,16 @@ def transformers_logits(folder: Path, ids: list[int]) -> np.ndarray:
     return logits
 
 
+def write_half_words(folder: Path, config: dict[str, Any]) -> None:
+    """EXL2 whose last group ends in the middle of a word."""
+
+    def quantize(name: str, weight: np.ndarray) -> Any:
+        groups = [(6, 16), (5, weight.shape[-1] - 16)]
+        return exl2_rounded(weight, groups) if is_linear(name) else None
+
+    write_packed(folder, quantize, {"quant_method": "exl2"}, config=config)
+
+
 CASES: dict[str, tuple[Any, dict[str, Any], dict[str, Any]]] = {
     "gptq": (write_gptq, {}, {}),
     "scattered, biases, shared heads": (
@@ -47,6 +57,7 @@ CASES: dict[str, tuple[Any, dict[str, Any], dict[str, Any]]] = {
     ),
     "tied": (write_gptq, {"tie_word_embeddings": True}, {}),
     "exl2": (write_exl2, {}, {}),
+    "exl2, half a word": (write_half_words, {}, {}),
 }
 
 
@@ -58,7 +69,8 @@ def test_logits_are_transformers_own(
     write(tmp_path / "m", config=llama_config(torch_dtype="float16", **changes), **settings)
     wanted = transformers_logits(tmp_path / "m", IDS)
     atol = 1e-5 * wanted.std()
-    monkeypatch.setattr(packed_engine, "_SLICE", 100 * 256)  # so that no matrix is one slice
+    monkeypatch.setattr(packed_engine, "_ROWS", 96)  # so that no matrix is one tile
+    monkeypatch.setattr(packed_engine, "_COLUMNS", 100)
     with TorchEngine(tmp_path / "m", n_ctx=64, n_threads=1) as engine:
         np.testing.assert_allclose(engine.logits(IDS), wanted, atol=atol)
         engine.logits(IDS[:10])
