@@ -17,7 +17,7 @@ export CMAKE_ARGS ?= -DLLAVA_BUILD=OFF -DLLAMA_OPENSSL=OFF
 # Fetched by hash: the real model, and llama.cpp's sources (converter, vocabularies, peer tools).
 PEERS := .cache/peers
 
-.PHONY: help demo test test-slow test-gpu test-transformers check lint bench peers clean
+.PHONY: help demo test test-slow soak test-gpu test-transformers test-vllm check lint bench peers clean
 
 help:
 	@echo "make demo       the main job on a real model, with a drift table at the end"
@@ -25,6 +25,8 @@ help:
 	@echo "make test-slow  the longer proofs"
 	@echo "make test-gpu   the tests that need a CUDA card, recorded in docs/gpu.md"
 	@echo "make test-transformers  what dsq writes for Hugging Face, loaded by four versions of it"
+	@echo "make test-vllm  dsq serve --engine vllm against vLLM's build for CPUs"
+	@echo "make soak       64 clients against dsq serve for 10 minutes (SOAK_MINUTES=2 for fewer)"
 	@echo "make check      ruff, mypy strict and the tests"
 	@echo "make bench      dsq against llama.cpp's own tools, written to benchmarks/RESULTS.md"
 
@@ -43,6 +45,15 @@ test-gpu: $(VENV)/.dev
 # Opt-in: four environments of about 280 MB in .cache/transformers-envs.
 test-transformers: $(VENV)/.runtime
 	@$(BIN)/python -m scripts.transformers_matrix
+
+# Opt-in: an environment of 3.4 GB in .cache/vllm-env.
+test-vllm: $(VENV)/.dev
+	@TORCH_INDEX='$(TORCH_INDEX)' $(BIN)/python -m scripts.test_vllm
+
+SOAK_MINUTES ?= 10
+
+soak: $(VENV)/.dev
+	@$(BIN)/python -m scripts.soak --minutes $(SOAK_MINUTES)
 
 check: lint test
 

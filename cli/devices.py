@@ -46,5 +46,5 @@ def _print(found: dict[str, Any]) -> None:
         title = f"{engine['version']}, {engine['sees']}" if engine["installed"] else engine["sees"]
         print(f"{engine['name']:<12} {title} ({engine['runs']})")
         if engine["install"]:
-            what = "with a GPU: " if engine["installed"] else ""
+            what = "with a GPU: " if engine["sees"].startswith("CPU only") else ""
             print(f"{'':<12} {what}{engine['install']}")

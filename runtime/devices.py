@@ -7,12 +7,13 @@ import importlib.util
 import os
 import re
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from dsq.errors import InputError
 from dsq.quant.threads import default_threads, free_cores
 
 LLAMA_CPP_CUDA = (
@@ -47,7 +48,8 @@ class GraphicsCard:
 
 
 def engines() -> list[EngineState]:
-    return [_llama_cpp(), _torch(), _exllamav2(), _vllm()]
+    found = cards()
+    return [_llama_cpp(), _torch(), _exllamav2(found), _vllm(found)]
 
 
 def report() -> dict[str, Any]:
@@ -63,7 +65,8 @@ def report() -> dict[str, Any]:
     }
 
 
-def _version(package: str) -> str | None:
+def installed_version(package: str) -> str | None:
+    """None where the package is not installed; nothing is imported."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -76,8 +79,8 @@ def _broken(name: str, found: str, runs: str, error: Exception, install: str) ->
 
 
 def _llama_cpp() -> EngineState:
-    name, runs, package = "llama.cpp", "GGUF", "llama-cpp-python"
-    found = _version(package)
+    name, runs, package = "llama.cpp", "GGUF; GPTQ, EXL2 repacked", "llama-cpp-python"
+    found = installed_version(package)
     if found is None:
         return EngineState(name, None, runs, "not installed", False, f"pip install {package}")
     try:
@@ -102,7 +105,7 @@ def system_features(info: str) -> list[str]:
 
 def _torch() -> EngineState:
     name, runs = "torch", "GPTQ, EXL2, Hugging Face directories"
-    found = _version("torch")
+    found = installed_version("torch")
     if found is None:
         return EngineState(name, None, runs, "not installed", False, "pip install 'dsq[torch]'")
     try:
@@ -112,6 +115,9 @@ def _torch() -> EngineState:
         names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     except Exception as error:
         return _broken(name, found, runs, error, "pip install --force-reinstall torch")
+    if installed_version("transformers") is None:
+        sees = "lacks transformers, whose Llama it runs"
+        return EngineState(name, found, runs, sees, False, "pip install 'dsq[torch]'")
     if cuda:
         return EngineState(name, found, runs, f"CUDA {built}: {', '.join(names)}", True, None)
     why = "built without CUDA" if built is None else f"built for CUDA {built}, finds no card"
@@ -119,20 +125,33 @@ def _torch() -> EngineState:
     return EngineState(name, found, runs, f"CPU only: {why}", False, install)
 
 
-def _exllamav2() -> EngineState:
+def _exllamav2(found: Sequence[GraphicsCard]) -> EngineState:
     """Its version only: importing it compiles its CUDA extension."""
-    return _by_version("exllamav2", "EXL2, GPTQ; CUDA only", "pip install exllamav2")
-
-
-def _vllm() -> EngineState:
-    return _by_version("vllm", "GPTQ, Hugging Face directories; many cards", "pip install vllm")
-
-
-def _by_version(name: str, runs: str, install: str) -> EngineState:
-    found = _version(name)
-    if found is None:
+    name, runs, install = "exllamav2", "EXL2, GPTQ; CUDA only", "pip install exllamav2 flash-attn"
+    version = installed_version(name)
+    if version is None:
         return EngineState(name, None, runs, "not installed", False, install)
-    return EngineState(name, found, runs, "installed; not asked", True, None)
+    if installed_version("flash-attn") is None:
+        sees = "lacks flash-attn, which its paged cache needs"
+        return EngineState(name, version, runs, sees, False, "pip install flash-attn")
+    return EngineState(name, version, runs, _card_names(found), bool(found), None)
+
+
+def _vllm(found: Sequence[GraphicsCard]) -> EngineState:
+    """It lives in an environment of its own: what counts is its command."""
+    from dsq.runtime.server.vllm_process import INSTALL, find_vllm
+
+    name, runs = "vllm", "GPTQ, Hugging Face directories; many cards"
+    try:
+        command = find_vllm(None)
+    except InputError:
+        return EngineState(name, None, runs, "no vllm command found", False, INSTALL)
+    sees = f"{command}; {_card_names(found)}"
+    return EngineState(name, installed_version(name) or "installed", runs, sees, bool(found), None)
+
+
+def _card_names(found: Sequence[GraphicsCard]) -> str:
+    return ", ".join(card.name for card in found) or "no CUDA card"
 
 
 def cards(run: Callable[[], str] | None = None) -> list[GraphicsCard]:

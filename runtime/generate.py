@@ -11,6 +11,7 @@ from typing import Literal
 from dsq.errors import InputError
 from dsq.runtime.engine import Engine, prefill
 from dsq.runtime.sampling import PENALTY_WINDOW, Sampler, SamplerSettings
+from dsq.runtime.stop_filter import StopFilter
 
 StopReason = Literal["eos", "length", "stop", "context"]
 
@@ -83,7 +84,7 @@ class Generation:
     def _run(self) -> Iterator[str]:
         engine, sampler = self._engine, Sampler(self._settings, self._engine.n_vocab)
         decoder = engine.tokenizer.stream_decoder()
-        held = _HeldText(self._stop_strings)
+        held = StopFilter(self._stop_strings)
         try:
             logits = prefill(engine, self._prompt, reuse=self._reuse)
             sampler.accept(self._prompt[-PENALTY_WINDOW:])
@@ -98,7 +99,7 @@ class Generation:
                 piece = held.push(decoder.push(token))
                 self._seconds += time.perf_counter() - before
                 yield from self._emit(piece)
-                if held.stopped:
+                if held.found is not None:
                     self.stop_reason = "stop"
                     return
                 if len(self.tokens) >= self._max_tokens or engine.n_past >= engine.n_ctx:
@@ -117,40 +118,6 @@ class Generation:
         if piece:
             self.text += piece
             yield piece
-
-
-class _HeldText:
-    """Keeps back the end of the text while it may yet become a stop string."""
-
-    def __init__(self, stops: tuple[str, ...]) -> None:
-        self._stops = stops
-        self._held = ""
-        self.stopped = False
-
-    def push(self, piece: str) -> str:
-        """What can be given out now; after a stop string, what stood before it."""
-        if self.stopped:
-            return ""
-        text = self._held + piece
-        found = [i for i in (text.find(s) for s in self._stops) if i >= 0]
-        if found:
-            self.stopped, self._held = True, ""
-            return text[: min(found)]
-        keep = max((_overlap(text, s) for s in self._stops), default=0)
-        self._held = text[len(text) - keep :]
-        return text[: len(text) - keep]
-
-    def rest(self) -> str:
-        text, self._held = self._held, ""
-        return text
-
-
-def _overlap(text: str, stop: str) -> int:
-    """How many characters at the end of `text` begin `stop`."""
-    for n in range(min(len(text), len(stop) - 1), 0, -1):
-        if text.endswith(stop[:n]):
-            return n
-    return 0
 
 
 def generate(

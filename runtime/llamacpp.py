@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import llama_cpp
 import numpy as np
@@ -25,6 +25,8 @@ from dsq.runtime import llama_log
 from dsq.runtime.engine import Floats
 
 if TYPE_CHECKING:
+    from typing_extensions import Self
+
     from dsq.tokenizer_port.tokenizer import Tokenizer
 
 Ints = npt.NDArray[np.int32]
@@ -32,7 +34,82 @@ FlashAttention = bool | Literal["auto"]
 FLASH_ATTENTION = {"auto": -1, False: 0, True: 1}  # enum llama_flash_attn_type
 
 
-class LlamaCppEngine:
+class LlamaModel:
+    """A GGUF loaded by llama.cpp and, once opened, its context; both are freed together.
+
+    Raises InputError for a file that is no model or a build that cannot do what is asked.
+    """
+
+    def __init__(self, path: str | Path, *, n_gpu_layers: int, verbose: bool = False) -> None:
+        self._model: Any = None
+        self._ctx: Any = None  # both there before anything can fail, for close()
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise InputError(f"{path}: no such file")
+        if n_gpu_layers and not llama_cpp.llama_supports_gpu_offload():
+            raise InputError(
+                f"{n_gpu_layers} layers asked for the GPU, but llama-cpp-python was built without "
+                "one; reinstall it with CMAKE_ARGS=-DGGML_CUDA=on pip install --force-reinstall "
+                "--no-cache-dir llama-cpp-python, or ask for 0"
+            )
+        llama_log.install(verbose)
+        llama_cpp.llama_backend_init()
+        params = llama_cpp.llama_model_default_params()
+        params.n_gpu_layers = n_gpu_layers
+        self._model = llama_cpp.llama_model_load_from_file(os.fsencode(self.path), params)
+        if not self._model:
+            raise InputError(f"{self.path}: llama.cpp cannot load it: {llama_log.last_errors()}")
+        self.vocab: Any = llama_cpp.llama_model_get_vocab(self._model)
+        self._n_vocab = int(llama_cpp.llama_vocab_n_tokens(self.vocab))
+        self.n_ctx_train = int(llama_cpp.llama_model_n_ctx_train(self._model))
+
+    @property
+    def n_vocab(self) -> int:
+        return self._n_vocab
+
+    def _open(
+        self, params: llama_cpp.llama_context_params, kv_type: str, flash: FlashAttention
+    ) -> None:
+        """Make the context; a failure frees everything."""
+        params.flash_attn_type = FLASH_ATTENTION[flash]
+        params.type_k = params.type_v = ggml_type(kv_type).id
+        params.no_perf = True
+        self._ctx = llama_cpp.llama_init_from_model(self._model, params)
+        if not self._ctx:
+            self.close()
+            raise DsqError(
+                f"{self.path}: llama.cpp cannot make a context of {params.n_ctx} tokens with a "
+                f"{kv_type} KV cache: {llama_log.last_errors() or 'out of memory?'}"
+            )
+        self._memory = llama_cpp.llama_get_memory(self._ctx)
+
+    def _evaluate(self, batch: llama_cpp.llama_batch) -> None:
+        code = llama_cpp.llama_decode(self._ctx, batch)
+        if code:
+            reason = "its KV cache is full" if code == 1 else llama_log.last_errors()
+            raise DsqError(f"{self.path}: llama_decode failed ({code}): {reason}")
+
+    def close(self) -> None:
+        """Closing twice is allowed."""
+        if self._ctx is not None:
+            llama_cpp.llama_free(self._ctx)
+            self._ctx = None
+        if self._model is not None:
+            llama_cpp.llama_model_free(self._model)
+            self._model = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if hasattr(self, "_ctx"):
+            self.close()
+
+
+class LlamaCppEngine(LlamaModel):
     """One model and one context. See `dsq.runtime.engine.Engine` for the methods' meaning.
 
     `n_ctx` tokens per sequence; 0 takes the model's training context. `kv_type` is the KV cache's
@@ -54,22 +131,9 @@ class LlamaCppEngine:
         n_seq_max: int = 1,
         verbose: bool = False,
     ) -> None:
-        self._model = self._ctx = None  # so that close() works whatever fails below
-        self.path = Path(path)
-        if not self.path.is_file():
-            raise InputError(f"{path}: no such file")
         if n_ctx < 0:
             raise InputError(f"n_ctx is {n_ctx}; give a positive number, or 0 for the model's own")
-        if n_gpu_layers and not llama_cpp.llama_supports_gpu_offload():
-            raise InputError(
-                f"{n_gpu_layers} layers asked for the GPU, but llama-cpp-python was built without "
-                "one; reinstall it with CMAKE_ARGS=-DGGML_CUDA=on pip install --force-reinstall "
-                "--no-cache-dir llama-cpp-python, or ask for 0"
-            )
-        llama_log.install(verbose)
-        llama_cpp.llama_backend_init()
-        self._model = self._load(n_gpu_layers)
-        self.n_ctx_train = int(llama_cpp.llama_model_n_ctx_train(self._model))
+        super().__init__(path, n_gpu_layers=n_gpu_layers, verbose=verbose)
         self._n_ctx = n_ctx or self.n_ctx_train
         if self._n_ctx > self.n_ctx_train:
             warnings.warn(
@@ -77,51 +141,21 @@ class LlamaCppEngine:
                 "model was trained on; later tokens may be nonsense",
                 stacklevel=2,
             )
-        vocab = llama_cpp.llama_model_get_vocab(self._model)
-        self._n_vocab = int(llama_cpp.llama_vocab_n_tokens(vocab))
         self._n_seq = n_seq_max
         self._n_batch = min(n_batch, self._n_ctx * n_seq_max)
-        self._ctx = self._open(n_ubatch, n_threads or free_cores(), kv_type, flash_attention)
-        self._memory = llama_cpp.llama_get_memory(self._ctx)
-        self._tokens: list[int] = []
-        self._batch = Batch(self._n_batch)
-
-    def _load(self, n_gpu_layers: int) -> llama_cpp.llama_model_p:
-        params = llama_cpp.llama_model_default_params()
-        params.n_gpu_layers = n_gpu_layers
-        model = llama_cpp.llama_model_load_from_file(os.fsencode(self.path), params)
-        if not model:
-            raise InputError(f"{self.path}: llama.cpp cannot load it: {llama_log.last_errors()}")
-        return model
-
-    def _open(
-        self, n_ubatch: int, n_threads: int, kv_type: str, flash: FlashAttention
-    ) -> llama_cpp.llama_context_p:
         params = llama_cpp.llama_context_default_params()
-        params.n_ctx = self._n_ctx * self._n_seq
+        params.n_ctx = self._n_ctx * n_seq_max
         params.n_batch = self._n_batch
         params.n_ubatch = min(n_ubatch, self._n_batch)
-        params.n_seq_max = self._n_seq
-        params.n_threads = params.n_threads_batch = n_threads
-        params.flash_attn_type = FLASH_ATTENTION[flash]
-        params.type_k = params.type_v = ggml_type(kv_type).id
-        params.no_perf = True
-        context = llama_cpp.llama_init_from_model(self._model, params)
-        if not context:
-            self.close()
-            raise DsqError(
-                f"{self.path}: llama.cpp cannot make a context of {self._n_ctx} tokens with a "
-                f"{kv_type} KV cache: {llama_log.last_errors() or 'out of memory?'}"
-            )
-        return context
+        params.n_seq_max = n_seq_max
+        params.n_threads = params.n_threads_batch = n_threads or free_cores()
+        self._open(params, kv_type, flash_attention)
+        self._tokens: list[int] = []
+        self._batch = Batch(self._n_batch)
 
     @property
     def n_ctx(self) -> int:
         return self._n_ctx
-
-    @property
-    def n_vocab(self) -> int:
-        return self._n_vocab
 
     @property
     def max_windows(self) -> int:
@@ -201,34 +235,13 @@ class LlamaCppEngine:
         for start in range(0, len(ids), self._n_batch):
             part = slice(start, start + self._n_batch)
             batch = self._batch.fill(ids[part], positions[part], sequences[part], wanted[part])
-            code = llama_cpp.llama_decode(self._ctx, batch)
-            if code:
-                reason = "its KV cache is full" if code == 1 else llama_log.last_errors()
-                raise DsqError(f"{self.path}: llama_decode failed ({code}): {reason}")
+            self._evaluate(batch)
             rows = int(wanted[part].sum())
             if rows:
                 pointer = llama_cpp.llama_get_logits(self._ctx)
                 view = np.ctypeslib.as_array(pointer, shape=(rows, self._n_vocab))
                 parts.append(view if len(ids) <= self._n_batch else view.copy())
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
-
-    def close(self) -> None:
-        if self._ctx is not None:
-            llama_cpp.llama_free(self._ctx)
-            self._ctx = None
-        if self._model is not None:
-            llama_cpp.llama_model_free(self._model)
-            self._model = None
-
-    def __enter__(self) -> LlamaCppEngine:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def __del__(self) -> None:
-        if hasattr(self, "_ctx"):
-            self.close()
 
 
 class Batch:

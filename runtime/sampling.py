@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ import numpy as np
 from dsq.errors import InputError
 from dsq.runtime.engine import Floats
 
-_RANDOM_SEED = 0xFFFFFFFF  # LLAMA_DEFAULT_SEED: llama.cpp draws one
+_MAX_SEED = 0xFFFFFFFE  # llama.cpp takes the next one for "draw a seed"
 PENALTY_WINDOW = 64  # how many of the last tokens the repeat penalty looks at
 
 
@@ -47,8 +46,8 @@ class SamplerSettings:
             raise InputError(
                 f"repeat_penalty is {self.repeat_penalty}; it must be above 0 (1 switches it off)"
             )
-        if self.seed is not None and not 0 <= self.seed < _RANDOM_SEED:
-            raise InputError(f"seed is {self.seed}; it must be from 0 to {_RANDOM_SEED - 1}")
+        if self.seed is not None and not 0 <= self.seed <= _MAX_SEED:
+            raise InputError(f"seed is {self.seed}; it must be from 0 to {_MAX_SEED}")
 
 
 GREEDY = SamplerSettings(temp=0.0)
@@ -64,13 +63,20 @@ class Sampler:
             return  # plain arg-max needs no chain
         import llama_cpp
 
-        self._lib = llama_cpp
-        chain = llama_cpp.llama_sampler_chain_init(llama_cpp.llama_sampler_chain_default_params())
-        for step in _steps(settings, n_vocab):
-            llama_cpp.llama_sampler_chain_add(chain, step)
-        self._chain = chain
-        self._data = np.zeros(n_vocab, [("id", "<i4"), ("logit", "<f4"), ("p", "<f4")])
+        from dsq.runtime.llama_sampler import Candidates, make_chain
+
+        self._lib, self._candidates = llama_cpp, Candidates
         self._ids = np.arange(n_vocab, dtype=np.int32)
+        self._chain = make_chain(
+            n_vocab,
+            temperature=settings.temp,
+            top_k=settings.top_k,
+            top_p=settings.top_p,
+            min_p=settings.min_p,
+            repeat_penalty=settings.repeat_penalty,
+            last_n=PENALTY_WINDOW,
+            seed=settings.seed,
+        )
 
     def accept(self, tokens: Iterable[int]) -> None:
         """Let the penalty know of tokens that were not sampled here: the prompt's."""
@@ -82,15 +88,9 @@ class Sampler:
         """The next token; logits (n_vocab,) are left as they are."""
         if self._chain is None:
             return int(logits.argmax())
-        self._data["id"], self._data["logit"], self._data["p"] = self._ids, logits, 0
-        array = self._lib.llama_token_data_array(
-            data=ctypes.cast(self._data.ctypes.data, ctypes.POINTER(self._lib.llama_token_data)),
-            size=len(self._data),
-            selected=-1,
-            sorted=False,
-        )
-        self._lib.llama_sampler_apply(self._chain, ctypes.byref(array))
-        token = int(array.data[array.selected].id)
+        candidates = self._candidates(self._ids, logits)
+        candidates.apply(self._chain)
+        token: int = candidates.selected
         self._lib.llama_sampler_accept(self._chain, token)
         return token
 
@@ -98,22 +98,3 @@ class Sampler:
         if self._chain is not None:
             self._lib.llama_sampler_free(self._chain)  # frees the steps as well
             self._chain = None
-
-
-def _steps(settings: SamplerSettings, n_vocab: int) -> Iterable[Any]:
-    import llama_cpp as lib
-
-    s = settings
-    if s.repeat_penalty != 1:
-        yield lib.llama_sampler_init_penalties(n_vocab, PENALTY_WINDOW, s.repeat_penalty, 0.0, 0.0)
-    if s.temp == 0:
-        yield lib.llama_sampler_init_greedy()
-        return
-    if s.top_k > 0:
-        yield lib.llama_sampler_init_top_k(s.top_k)
-    if s.top_p < 1:
-        yield lib.llama_sampler_init_top_p(s.top_p, 1)
-    if s.min_p > 0:
-        yield lib.llama_sampler_init_min_p(s.min_p, 1)
-    yield lib.llama_sampler_init_temp(s.temp)
-    yield lib.llama_sampler_init_dist(_RANDOM_SEED if s.seed is None else s.seed)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from dsq.convert.checkpoint import GgufCheckpoint, HfCheckpoint, open_checkpoint
+from dsq.convert.checkpoint import HfCheckpoint, open_checkpoint
 from dsq.convert.spec import ModelSpec
 from dsq.errors import DsqError, InputError
 from dsq.quant.threads import default_threads
@@ -40,25 +40,76 @@ def require_torch(path: str | Path) -> None:
         ) from error
 
 
-def _load(checkpoint: HfCheckpoint | GgufCheckpoint, path: Path) -> Any:
-    """The model in float32; the matrices of a GPTQ or EXL2 directory stay packed."""
+def open_directory(path: Path) -> HfCheckpoint:
+    """Raises InputError for what is no Hugging Face, GPTQ or EXL2 directory."""
+    checkpoint = open_checkpoint(path)
+    if not isinstance(checkpoint, HfCheckpoint):
+        raise InputError(
+            f"{path}: torch runs directories, and this is a GGUF; leave --engine out, or convert "
+            f"it: dsq convert --to hf"
+        )
+    return checkpoint
+
+
+def load_model(checkpoint: HfCheckpoint, device: str = "cpu") -> Any:
+    """The directory as transformers' LlamaForCausalLM, its rotary frequencies checked.
+
+    On the CPU in float32; the matrices of a GPTQ or EXL2 directory stay packed. On a card in 16
+    bits, bfloat16 where the directory says so, and packed matrices are unpacked to them: what is
+    rounded then is their dequantized values. Raises DsqError for frequencies that differ.
+    """
     import torch
     from transformers import LlamaForCausalLM
 
     config = llama_config(checkpoint.spec)
     with _quiet():
-        if isinstance(checkpoint, HfCheckpoint) and checkpoint.packed is not None:
+        if checkpoint.packed is None:
+            model: Any = LlamaForCausalLM.from_pretrained(
+                checkpoint.path,
+                config=config,
+                dtype=torch.float32 if device == "cpu" else card_dtype(checkpoint),
+                attn_implementation="sdpa",
+                local_files_only=True,
+                use_safetensors=None,  # .bin only where there is nothing else, weights_only
+            ).to(device)
+        elif device == "cpu":
             from dsq.runtime.packed_engine import load_packed
 
-            return load_packed(checkpoint, config)
-        return LlamaForCausalLM.from_pretrained(
-            path,
-            config=config,
-            dtype=torch.float32,
-            attn_implementation="sdpa",
-            local_files_only=True,
-            use_safetensors=None,  # .bin only where there is nothing else, weights_only
-        ).eval()
+            model = load_packed(checkpoint, config)
+        else:
+            model = _unpacked(checkpoint, config, device, card_dtype(checkpoint))
+    check_rope(model, checkpoint.spec, checkpoint.path)
+    return model.eval()
+
+
+def card_dtype(checkpoint: HfCheckpoint) -> Any:
+    """What a card computes in."""
+    import torch
+
+    said = checkpoint.config.get("torch_dtype") or checkpoint.config.get("dtype")
+    return torch.bfloat16 if said == "bfloat16" else torch.float16
+
+
+def _unpacked(checkpoint: HfCheckpoint, config: Any, device: str, dtype: Any) -> Any:
+    """A packed directory as a dense model: one matrix after another, so that nothing large is held
+    twice."""
+    import torch
+    from transformers import LlamaForCausalLM
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    from dsq.runtime.decoder import read_tensor
+
+    with torch.device("meta"):
+        model: Any = LlamaForCausalLM(config)
+    model.set_attn_implementation("sdpa")
+    model.model.rotary_emb = LlamaRotaryEmbedding(config).to(device)
+    for name in checkpoint.tensors:
+        module, _, kind = name.rpartition(".")
+        value = read_tensor(checkpoint, name).to(device, dtype)
+        setattr(model.get_submodule(module), kind, torch.nn.Parameter(value, False))
+    if checkpoint.spec.tied:
+        model.lm_head.weight = model.model.embed_tokens.weight
+    return model
 
 
 class TorchEngine:
@@ -69,13 +120,12 @@ class TorchEngine:
         import torch
 
         self.path = Path(path)
-        self._checkpoint = open_checkpoint(self.path)
+        self._checkpoint = open_directory(self.path)
         spec = self._checkpoint.spec
         self._n_ctx = n_ctx or spec.n_ctx
         self._torch = torch
         torch.set_num_threads(n_threads or default_threads())
-        self._model: Any = _load(self._checkpoint, self.path)
-        check_rope(self._model, spec, self.path)
+        self._model: Any = load_model(self._checkpoint)
         self._n_vocab = spec.n_vocab
         self._tokens: list[int] = []
         self._cache: Any = None
@@ -200,7 +250,7 @@ def check_rope(model: Any, spec: ModelSpec, path: Path) -> None:
     """Raise unless the model turns positions by the frequencies that `spec` asks for."""
     rotary = model.model.rotary_emb
     wanted, scale = spec.rope.inv_freq(spec.head_dim)
-    found = rotary.inv_freq.double().numpy()
+    found = rotary.inv_freq.double().cpu().numpy()
     same = found.shape == wanted.shape and np.allclose(found, wanted, rtol=1e-5)
     if not same or abs(rotary.attention_scaling - scale) > 1e-6:
         raise DsqError(

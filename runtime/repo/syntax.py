@@ -64,8 +64,11 @@ _QUERIES = {
 }
 
 
-def require_parsers() -> None:
-    """Raise InputError, naming the extra, when a package for reading repositories is missing."""
+def require_parsers(otherwise: str = "give plain text with --text") -> None:
+    """Raise InputError, naming the extra, when a package for reading repositories is missing.
+
+    `otherwise`: what to do instead of installing it.
+    """
     try:
         for module, _ in _GRAMMARS.values():
             import_module(module)
@@ -74,7 +77,7 @@ def require_parsers() -> None:
     except ImportError as error:
         raise InputError(
             f"reading repositories needs packages that are not installed ({error}); "
-            "pip install 'dsq[calibrate]', or give plain text with --text"
+            f"pip install 'dsq[calibrate]', or {otherwise}"
         ) from error
 
 

@@ -16,39 +16,44 @@ from starlette.types import ASGIApp
 
 from dsq import __version__
 from dsq.errors import DsqError
-from dsq.runtime.server import web_page
+from dsq.runtime.server import llama_routes, web_page
 from dsq.runtime.server.bodies import (
     ChatBody,
     CompletionBody,
-    DetokenizeBody,
     InfillBody,
     NativeCompletionBody,
-    TokenizeBody,
+    check_roles,
 )
+from dsq.runtime.server.faults import what_cannot_be_read, what_is_invalid
 from dsq.runtime.server.limits import Gate, Limits
-from dsq.runtime.server.metrics import RECORD, log
+from dsq.runtime.server.metrics import RECORD, Record, log
 from dsq.runtime.server.models import Model, ModelPool
-from dsq.runtime.server.native import NativeShape, with_pieces
+from dsq.runtime.server.native import NativeShape
 from dsq.runtime.server.openai import ChatShape, CompletionShape
 from dsq.runtime.server.prepare import (
+    NO_REPOS,
     prepare_chat,
     prepare_completion,
     prepare_infill,
     prepare_native,
 )
-from dsq.runtime.server.problems import HttpProblem, problem
+from dsq.runtime.server.problems import HttpProblem, Problem, problem
+from dsq.runtime.server.repos import Repositories
 from dsq.runtime.server.service import Service, Shape
-from dsq.runtime.server.transport import Json, LateJson, TimeLimits
+from dsq.runtime.server.transport import Json, TimeLimits
 
 LOOK_FOR_IDLE_SECONDS = 5.0
 
 
 def build_app(
-    pool: ModelPool, limits: Limits | None = None, times: TimeLimits | None = None
+    pool: ModelPool,
+    limits: Limits | None = None,
+    times: TimeLimits | None = None,
+    repos: Repositories = NO_REPOS,
 ) -> ASGIApp:
     """The whole ASGI application. `pool` is closed when the server shuts down."""
     limits = limits or Limits()
-    service = Service(pool, limits, times or TimeLimits())
+    service = Service(pool, limits, times or TimeLimits(), repos)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -71,11 +76,12 @@ def build_app(
     )
     _add_errors(api)
     _add_generation(api, service)
-    _add_tools(api, service)
+    llama_routes.add_routes(api, service)
     _add_state(api, service)
     web_page.add_routes(api)
     public = {"/health", "/v1/health", *web_page.PATHS}
-    app: ASGIApp = Gate(_named_route(api), limits, service.metrics, public)
+    routes = frozenset(str(getattr(route, "path", "")) for route in api.routes)
+    app: ASGIApp = Gate(api, limits, service.metrics, public, routes)
     if limits.cors:
         app = CORSMiddleware(
             app,
@@ -86,18 +92,6 @@ def build_app(
     return app
 
 
-def _named_route(api: FastAPI) -> ASGIApp:
-    """Tells the record which route it is, in the route's own words: no path of a client's."""
-    known = {getattr(route, "path", "") for route in api.routes}
-
-    async def app(scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] == "http" and scope["path"] in known:
-            scope[RECORD].route = scope["path"]
-        await api(scope, receive, send)
-
-    return app
-
-
 async def _unload_idle(pool: ModelPool) -> None:
     while True:
         await asyncio.sleep(LOOK_FOR_IDLE_SECONDS)
@@ -105,58 +99,51 @@ async def _unload_idle(pool: ModelPool) -> None:
 
 
 def _add_errors(api: FastAPI) -> None:
-    def answer(error: Exception) -> Response:
-        found = problem(error)
-        if found.status == 500:
-            log.error("%s", found.message, exc_info=error)
+    def answer(request: Request, found: Problem) -> Response:
+        record: Record = request.scope[RECORD]
+        record.broke(found.status, found.code or "error")
         return Json(found.content, found.status, dict(found.headers))
 
     @api.exception_handler(DsqError)
-    async def known(request: Request, error: DsqError) -> Response:
-        return answer(error)
+    @api.exception_handler(Exception)
+    async def known(request: Request, error: Exception) -> Response:
+        found = problem(error)
+        if found.status == 500:
+            log.error("%s", found.message, exc_info=error)
+        return answer(request, found)
 
     @api.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
-        return answer(HttpProblem(400, _what_is_invalid(error), "invalid_request"))
+        return answer(request, what_is_invalid(error))
 
     @api.exception_handler(HTTPException)
     async def other(request: Request, error: HTTPException) -> Response:
+        if error.status_code == 400:  # FastAPI's own, of a body that it could not read
+            return answer(request, what_cannot_be_read(error.__cause__))
         code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "bad_request")
-        return answer(HttpProblem(error.status_code, str(error.detail), code))
-
-    @api.exception_handler(Exception)
-    async def unexpected(request: Request, error: Exception) -> Response:
-        return answer(error)
-
-
-def _what_is_invalid(error: RequestValidationError) -> str:
-    """The first fault, where it is and what it is; never the client's own text."""
-    faults = error.errors()
-    if not faults:
-        return "the body is no JSON object"
-    fault = faults[0]
-    if fault.get("type") == "json_invalid":
-        return f"the body is no JSON: {(fault.get('ctx') or {}).get('error', 'cannot be read')}"
-    where = [str(part) for part in fault["loc"] if part != "body"]
-    message = str(fault["msg"])
-    if not where:
-        return f"the body: {message}; send a JSON object, with Content-Type: application/json"
-    return f"{where[0]}: {message}" if len(where) == 1 else f"{'.'.join(where[:3])}: {message}"
+        message = str(error.detail)
+        if error.status_code == 404:
+            message = "this server has no such path; GET /openapi.json lists what it has"
+        return answer(request, problem(HttpProblem(error.status_code, message, code)))
 
 
 def _add_generation(api: FastAPI, service: Service) -> None:
+    repos = service.repos
+
     @api.post("/v1/completions")
     async def completions(body: CompletionBody, request: Request) -> Response:
         def shape(body: CompletionBody, model: Model) -> Shape:
-            prepared = prepare_completion(body, model.tokenizer, model.backend.info)
+            prepared = prepare_completion(body, model.tokenizer, model.backend.info, repos)
             return CompletionShape(body, prepared, model.tokenizer, model.name)
 
         return service.respond(request, body, shape)
 
     @api.post("/v1/chat/completions")
+    @api.post("/chat/completions", include_in_schema=False)
     async def chat(body: ChatBody, request: Request) -> Response:
         def shape(body: ChatBody, model: Model) -> Shape:
-            prepared = prepare_chat(body, model.tokenizer, model.backend.info)
+            check_roles(body.messages, model.tokenizer.vocab.chat_template)
+            prepared = prepare_chat(body, model.tokenizer, model.backend.info, repos)
             return ChatShape(body, prepared, model.tokenizer, model.name)
 
         return service.respond(request, body, shape)
@@ -165,7 +152,7 @@ def _add_generation(api: FastAPI, service: Service) -> None:
     @api.post("/completions", include_in_schema=False)
     async def native(body: NativeCompletionBody, request: Request) -> Response:
         def shape(body: NativeCompletionBody, model: Model) -> Shape:
-            prepared = prepare_native(body, model.tokenizer, model.backend.info)
+            prepared = prepare_native(body, model.tokenizer, model.backend.info, repos)
             return NativeShape(body, prepared, model.tokenizer, model.name, model.backend.info)
 
         return service.respond(request, body, shape)
@@ -173,34 +160,10 @@ def _add_generation(api: FastAPI, service: Service) -> None:
     @api.post("/infill")
     async def fill(body: InfillBody, request: Request) -> Response:
         def shape(body: InfillBody, model: Model) -> Shape:
-            prepared = prepare_infill(body, model.tokenizer, model.backend.info)
+            prepared = prepare_infill(body, model.tokenizer, model.backend.info, repos)
             return NativeShape(body, prepared, model.tokenizer, model.name, model.backend.info)
 
         return service.respond(request, body, shape)
-
-
-def _add_tools(api: FastAPI, service: Service) -> None:
-    @api.post("/tokenize")
-    async def tokenize(body: TokenizeBody, request: Request) -> Response:
-        async def make() -> Any:
-            async with service.pool.use(body.model) as model:
-                ids = await asyncio.to_thread(
-                    model.tokenizer.encode,
-                    body.content,
-                    add_bos=None if body.add_special else False,
-                    parse_special=body.parse_special is not False,
-                )
-                return {"tokens": with_pieces(model.tokenizer, ids) if body.with_pieces else ids}
-
-        return LateJson(make, service.times)
-
-    @api.post("/detokenize")
-    async def detokenize(body: DetokenizeBody, request: Request) -> Response:
-        async def make() -> Any:
-            async with service.pool.use(body.model) as model:
-                return {"content": model.tokenizer.decode(body.tokens, skip_special=False)}
-
-        return LateJson(make, service.times)
 
 
 def _add_state(api: FastAPI, service: Service) -> None:
@@ -212,7 +175,8 @@ def _add_state(api: FastAPI, service: Service) -> None:
         """200 while every loaded model takes requests; a model not loaded yet is no fault."""
         if all(model.backend.healthy for model in pool.loaded.values()):
             return Json({"status": "ok"})
-        return Json({"status": "loading model"}, 503, {"Retry-After": "1"})
+        loading = {"code": 503, "message": "Loading model", "type": "unavailable_error"}
+        return Json({"status": "loading model", "error": loading}, 503, {"Retry-After": "1"})
 
     @api.get("/v1/models")
     @api.get("/models", include_in_schema=False)
@@ -243,6 +207,7 @@ def _add_state(api: FastAPI, service: Service) -> None:
                     "n_busy": now.n_busy,
                     "n_queued": now.n_queued,
                     "step_seconds": now.prompt_seconds_total + now.predict_seconds_total,
+                    "outside_seconds": now.outside_seconds_total,
                     "tokens_per_second": round(now.tokens_per_second, 2),
                     "memory_bytes": now.memory_bytes,
                     "kv_used": now.kv_used,

@@ -214,6 +214,7 @@ class BackendStats:
     tokens_per_second: float  # generated, over about the last ten seconds
     memory_bytes: int  # resident in the worker
     restarts: int
+    outside_seconds_total: float = 0.0  # the worker's processor time outside of the engine
 
 
 class Backend(Protocol):

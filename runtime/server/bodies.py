@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import math
 import re
-from typing import Annotated, Any
+from collections.abc import Sequence
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic_core import PydanticCustomError
 
 from dsq.errors import InputError, UnsupportedError
 from dsq.runtime.server.backend import MAX_SEED, Sampling
@@ -37,6 +39,8 @@ class Body(BaseModel):
 class SamplingBody(Body):
     """What every generating request may say about sampling. The defaults are llama.cpp's."""
 
+    bias_by_text: ClassVar[bool] = False  # OpenAI's keys are token ids, llama.cpp's texts, too
+
     model: str | None = None
     stream: bool | None = None
     stop: StopText | Annotated[list[StopText], Field(max_length=MAX_STOPS)] | None = None
@@ -51,7 +55,11 @@ class SamplingBody(Body):
     seed: Int64 | None = Field(None, description="-1 or absent: drawn")
     logit_bias: (
         dict[str, Bias] | list[Annotated[list[int | str | Bias], Field(min_length=2)]] | None
-    ) = Field(None, description="token id or text → what is added to its logit; false forbids it")
+    ) = Field(
+        None,
+        description="token id (llama.cpp's endpoints: or text) → what is added to its logit; "
+        "false forbids it",
+    )
     grammar: Annotated[str, StringConstraints(max_length=MAX_GRAMMAR)] | None = Field(
         None, description="GBNF, with the start rule root"
     )
@@ -60,6 +68,12 @@ class SamplingBody(Body):
     cache_prompt: bool | None = None
     parse_special: bool | None = Field(
         None, description="control tokens' texts in the prompt become the tokens; default false"
+    )
+    repo: Annotated[str, StringConstraints(max_length=1024)] | bool | None = Field(
+        None, description="files of this repository (--repo) stand before the prompt; true: the one"
+    )
+    path: Annotated[str, StringConstraints(max_length=1024)] | None = Field(
+        None, description="the name, in the repository, of the file that is written: src/main.py"
     )
 
     # Known, and not to be had.
@@ -118,10 +132,18 @@ class SamplingBody(Body):
             raise InputError(f"logit_bias: has {len(pairs)} entries; at most 1024 are taken")
         for token, bias in pairs:
             if bias is True or not isinstance(bias, (int, float)) or isinstance(token, bool):
-                raise InputError("logit_bias: an entry is a token and a number, or false")
+                raise InputError(
+                    f"logit_bias: {str(token)[:40]!r} has the bias {str(bias)[:20]}; a bias is a "
+                    "number, or false"
+                )
             if isinstance(token, float):
                 raise InputError(f"logit_bias: {token} is no token id; give a whole number")
-            if isinstance(token, str) and not re.fullmatch(r"[0-9]{1,10}", token):
+            if isinstance(token, str) and not re.fullmatch(r"-?[0-9]{1,10}", token):
+                if not self.bias_by_text:
+                    raise InputError(
+                        f"logit_bias: {token[:40]!r} is no token id; give a number, which "
+                        "/tokenize finds for a text"
+                    )
                 ids = tokenizer.encode(token, add_bos=False)
             else:
                 ids = [int(token)]
@@ -164,11 +186,21 @@ class TextPart(Body):
     text: str | None = None
 
 
+Role = Literal["system", "developer", "user", "assistant", "tool", "function"]
+
+
 class ChatMessage(Body):
     model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
 
-    role: str
+    role: Role
     content: str | list[TextPart] | None = None
+
+    @model_validator(mode="after")
+    def _says_something(self) -> ChatMessage:
+        called = self.role == "assistant" and (self.model_extra or {}).get("tool_calls")
+        if self.content is None and not called:
+            raise PydanticCustomError("content", "content is missing or null; give a text")
+        return self
 
     def plain(self) -> dict[str, Any]:
         """For a chat template: the content as one text."""
@@ -181,7 +213,21 @@ class ChatMessage(Body):
                     )
             content = "".join(part.text or "" for part in content)
         extra = {k: v for k, v in (self.model_extra or {}).items() if v is not None}
-        return {"role": self.role, "content": content or "", **extra}
+        role = "system" if self.role == "developer" else self.role  # OpenAI's newer word for it
+        return {"role": role, "content": content or "", **extra}
+
+
+NO_TOOLS = "tools: this server calls no tools; leave them out"
+
+
+def check_roles(messages: Sequence[ChatMessage], template: str | None) -> None:
+    """Raises UnsupportedError for a role that the model's template would take for another one."""
+    for i, message in enumerate(messages):
+        if message.role in ("tool", "function") and message.role not in (template or ""):
+            raise UnsupportedError(
+                f"messages.{i}.role: is {message.role!r}, which this model's chat template does "
+                "not know; send the text as a user's message"
+            )
 
 
 class NamedSchema(Body):
@@ -217,7 +263,7 @@ class ChatBody(SamplingBody):
     def refuse_unsupported(self) -> None:
         super().refuse_unsupported()
         if (self.tools or self.functions) and self.tool_choice != "none":
-            raise UnsupportedError("tools: this server calls no tools; leave them out")
+            raise UnsupportedError(NO_TOOLS)
 
     def gbnf(self) -> str | None:
         wanted = self.response_format
@@ -240,12 +286,28 @@ class ChatBody(SamplingBody):
 class NativeBody(SamplingBody):
     """What llama.cpp's /completion and /infill share."""
 
+    bias_by_text = True
+
     n_predict: Count | None = None
     max_tokens: Count | None = None
     n_probs: Annotated[int, Field(ge=0, le=64)] | None = None
     return_tokens: bool | None = None
     response_fields: Annotated[list[str], Field(max_length=64)] | None = None
     t_max_predict_ms: Count | None = None
+    n_indent: Annotated[int, Field(ge=0, le=1000)] | None = Field(
+        None, description="a new line with fewer characters of white space before it ends the text"
+    )
+    n_cmpl: Int64 | None = None
+    post_sampling_probs: bool | None = None
+
+    def refuse_unsupported(self) -> None:
+        super().refuse_unsupported()
+        if self.n_cmpl not in (None, 1):
+            raise UnsupportedError(f"n_cmpl is {self.n_cmpl}; take n of /v1/completions for that")
+        if self.post_sampling_probs:
+            raise UnsupportedError(
+                "post_sampling_probs: this server has the model's own only; leave it out"
+            )
 
 
 class NativeCompletionBody(NativeBody):
@@ -271,6 +333,15 @@ class InfillBody(NativeBody):
     input_suffix: str | None = None
     input_extra: Annotated[list[ExtraFile], Field(max_length=256)] | None = None
     prompt: str | None = Field(None, description="the beginning of the line that is being written")
+
+
+class TemplateBody(Body):
+    """POST /apply-template, /v1/chat/completions/input_tokens"""
+
+    model: str | None = None
+    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    add_generation_prompt: bool | None = None
+    tools: list[Any] | None = None
 
 
 class TokenizeBody(Body):

@@ -1,4 +1,4 @@
-"""LlamaBackend: the Backend over a worker process, which it starts, watches and restarts."""
+"""WorkerBackend: the Backend over a worker process, which it starts, watches and restarts."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import time
 from collections import deque
 from collections.abc import AsyncGenerator
 from dataclasses import asdict
+from typing import TYPE_CHECKING, TypeAlias
 
 from dsq.errors import DsqError, InputError
 from dsq.quant.threads import free_cores
@@ -34,7 +35,13 @@ from dsq.runtime.server.frames import (
     read_steps,
     unpack,
 )
-from dsq.runtime.server.llama_batch import LlamaSettings
+
+if TYPE_CHECKING:
+    from dsq.runtime.server.exllama_backend import ExllamaSettings
+    from dsq.runtime.server.llama_batch import LlamaSettings
+    from dsq.runtime.server.torch_batch import TorchSettings
+
+    WorkerSettings: TypeAlias = LlamaSettings | TorchSettings | ExllamaSettings
 
 _RATE_SECONDS = 10.0
 _PATIENCE_S = 5.0  # for a worker to end by itself
@@ -49,6 +56,7 @@ _COUNTERS = (
     "accepted_tokens",
     "prompt_seconds",
     "predict_seconds",
+    "outside_seconds",
 )
 
 
@@ -103,7 +111,7 @@ def _environment(n_threads: int | None) -> dict[str, str] | None:
     return {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}
 
 
-class LlamaBackend:
+class WorkerBackend:
     """See `dsq.runtime.server.backend.Backend`.
 
     At most `max_queued` requests wait beyond those that run; more get Busy. A request that comes
@@ -111,9 +119,14 @@ class LlamaBackend:
     """
 
     def __init__(
-        self, settings: LlamaSettings, *, max_queued: int = 64, restart_wait_s: float = 30.0
+        self,
+        settings: WorkerSettings,
+        engine: str = "llama.cpp",
+        *,
+        max_queued: int = 64,
+        restart_wait_s: float = 30.0,
     ) -> None:
-        self._settings = settings
+        self._settings, self._engine = settings, engine
         self._max_queued, self._restart_wait_s = max_queued, restart_wait_s
         self._info: ModelInfo | None = None
         self._process: asyncio.subprocess.Process | None = None
@@ -205,6 +218,7 @@ class LlamaBackend:
             accepted_tokens_total=int(total["accepted_tokens"]),
             prompt_seconds_total=total["prompt_seconds"],
             predict_seconds_total=total["predict_seconds"],
+            outside_seconds_total=total["outside_seconds"],
             tokens_per_second=sum(n for _, n in self._recent) / _RATE_SECONDS,
             memory_bytes=last.get("memory_bytes", 0),
             restarts=self._restarts,
@@ -285,7 +299,7 @@ class LlamaBackend:
         if self._closing.is_set():
             return
         assert process.stdout is not None
-        self._write(pack({"settings": asdict(self._settings)}))
+        self._write(pack({"engine": self._engine, "settings": asdict(self._settings)}))
         try:
             while True:
                 n_text, total = body_bytes(await process.stdout.readexactly(HEADER.size))
@@ -297,7 +311,7 @@ class LlamaBackend:
 
     def _receive(self, message: Message, ids: list[int]) -> None:
         if message["op"] == "steps":
-            self._last = message["stats"]
+            self._last = message.get("stats", self._last)
             if ids:
                 self._recent.append((time.monotonic(), len(ids)))
             for id, outcome in read_steps(message, ids):

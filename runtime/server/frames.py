@@ -45,7 +45,7 @@ def body_bytes(header: bytes) -> tuple[int, int]:
 
 
 def unpack(body: bytes, n_text: int) -> tuple[Message, list[int]]:
-    message: Message = json.loads(body[:n_text])
+    message: Message = json.loads(body[:n_text].decode())  # of bytes it would guess the encoding
     return message, np.frombuffer(body, "<i4", offset=n_text).tolist()
 
 
@@ -99,7 +99,7 @@ def read_request(message: Message, ids: Sequence[int]) -> GenerateRequest:
     )
 
 
-def pack_steps(steps: Sequence[tuple[int, Step | DsqError]], stats: Message) -> bytes:
+def pack_steps(steps: Sequence[tuple[int, Step | DsqError]], stats: Message | None = None) -> bytes:
     """All requests' steps of one batch. Of a step's parts only those that are there are sent."""
     ids: list[int] = []
     entries = []
@@ -118,7 +118,10 @@ def pack_steps(steps: Sequence[tuple[int, Step | DsqError]], stats: Message) -> 
         if step.prompt_logprobs is not None:
             more["prompt"] = [t and (t.logprob, t.top) for t in step.prompt_logprobs]
         entries.append((id, len(step.token_ids), more))
-    return pack({"op": "steps", "steps": entries, "stats": stats}, ids)
+    message: Message = {"op": "steps", "steps": entries}
+    if stats is not None:
+        message["stats"] = stats
+    return pack(message, ids)
 
 
 def read_steps(message: Message, ids: Sequence[int]) -> Iterator[tuple[int, Step | DsqError]]:

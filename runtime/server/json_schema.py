@@ -184,9 +184,11 @@ class _Writer:
         return self._choice(starts)
 
     def _array(self, schema: Mapping[str, Any], where: str, depth: int) -> str:
-        first = schema.get("prefixItems") or []
+        first, items = schema.get("prefixItems") or [], schema.get("items")
+        if isinstance(items, list) and not first:  # what prefixItems was called before 2020
+            first, items = items, None
         if first:
-            if schema.get("items") not in (None, False) or "minItems" in schema:
+            if items not in (None, False) or "minItems" in schema:
                 raise UnsupportedError(
                     f"json_schema: {where}: prefixItems goes with no items and no minItems"
                 )

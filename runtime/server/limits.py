@@ -18,7 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from dsq.errors import InputError
 from dsq.runtime.server.metrics import RECORD, Metrics, Record, log
 from dsq.runtime.server.problems import HttpProblem, problem
-from dsq.runtime.server.transport import Json
+from dsq.runtime.server.transport import CLIENT_GONE, Json
 
 DRAIN = 8  # a body this many times too large is still read to its end, so that the 413 arrives
 
@@ -59,10 +59,15 @@ class Gate:
     """Counts, logs, checks origin, host and key, and reads the body before the application does."""
 
     def __init__(
-        self, app: ASGIApp, limits: Limits, metrics: Metrics, public: Collection[str]
+        self,
+        app: ASGIApp,
+        limits: Limits,
+        metrics: Metrics,
+        public: Collection[str],
+        routes: Collection[str],
     ) -> None:
         self._app, self._limits, self._metrics = app, limits, metrics
-        self._public = frozenset(public)
+        self._public, self._routes = frozenset(public), frozenset(routes)
         self._keys = [key.encode() for key in limits.api_keys]
         self._n_now = 0
 
@@ -71,7 +76,7 @@ class Gate:
             if scope["type"] == "lifespan":
                 await self._app(scope, receive, send)
             return
-        record = scope[RECORD] = Record()
+        record = scope[RECORD] = Record(route=self._route(scope["path"]))
 
         async def watched(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -84,6 +89,7 @@ class Gate:
             await self._through(scope, receive, watched)
         except HttpProblem as error:
             found = problem(error)
+            record.broke(found.status, error.code)
             answer = Json(found.content, found.status, dict(found.headers))
             await answer(scope, receive, watched)
         except Exception as error:  # the application has answered and logged it, and raises again
@@ -94,10 +100,16 @@ class Gate:
             self._n_now -= 1
             self._metrics.in_flight.set(self._n_now)
             ended = time.perf_counter()
-            record.status = record.status or 499  # the client left before there was an answer
+            record.status = record.status or CLIENT_GONE
             self._metrics.finished(record, ended)
             if record.route not in ("/health", "/metrics", "/stats") or record.status >= 400:
                 log.info("%s", record.line(scope["method"], ended))
+
+    def _route(self, path: str) -> str:
+        """In the route's own words: what else a client writes into a path is not logged."""
+        if path in self._routes:
+            return path
+        return "/v1/models/{name}" if path.startswith("/v1/models/") else "other"
 
     async def _through(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = dict(scope["headers"])

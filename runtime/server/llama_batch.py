@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import os
+import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import llama_cpp
 import numpy as np
+import numpy.typing as npt
 
 from dsq.errors import DsqError, InputError, UnsupportedError
-from dsq.quant.scheme import ggml_type
 from dsq.quant.threads import free_cores
-from dsq.runtime import llama_log
 from dsq.runtime.engine import Floats
-from dsq.runtime.llamacpp import FLASH_ATTENTION, Batch, FlashAttention
+from dsq.runtime.llamacpp import Batch, FlashAttention, LlamaModel
 
 KV_TYPES = ("f16", "q8_0", "q4_0")
 
@@ -28,7 +26,8 @@ class LlamaSettings:
     A request may have `n_ctx` tokens (0: what the model was trained on). All share one cache of
     `kv_size` tokens (0: n_ctx). `n_parallel` run at once, `n_prefixes` more sequences only keep
     prefixes. `n_draft` is the longest prompt-lookup draft, 0 switches it off. A step that carries
-    prompt tokens beside running streams is to take about `gap_ms`.
+    prompt tokens beside running streams is to take about `gap_ms`. `draft_path` names a smaller
+    GGUF that guesses ahead (see `dsq.runtime.server.draft_check`).
     """
 
     path: str
@@ -43,6 +42,7 @@ class LlamaSettings:
     flash_attention: FlashAttention = "auto"
     n_draft: int = 24
     gap_ms: float = 150.0
+    draft_path: str = ""
 
     def __post_init__(self) -> None:
         for name, low, high in (
@@ -70,46 +70,17 @@ class LlamaSettings:
             )
 
 
-class LlamaBatch:
-    """The model and its context. Sequences are numbered from 0. Use from one thread.
-
-    Raises InputError for a file that is no model or a build that cannot do what is asked.
-    """
+class LlamaBatch(LlamaModel):
+    """The model and its context. Sequences are numbered from 0. Use from one thread."""
 
     def __init__(self, settings: LlamaSettings) -> None:
-        self._model = self._ctx = None  # so that close() works whatever fails below
-        self._memory: Any = None
-        self._batch = Batch(settings.n_batch)
-        self.path = settings.path
-        if not Path(self.path).is_file():
-            raise InputError(f"{self.path}: no such file")
-        if settings.n_gpu_layers and not llama_cpp.llama_supports_gpu_offload():
-            raise InputError(
-                f"{settings.n_gpu_layers} layers asked for the GPU, but llama-cpp-python was built "
-                "without one; reinstall it with CMAKE_ARGS=-DGGML_CUDA=on pip install "
-                "--force-reinstall --no-cache-dir llama-cpp-python, or ask for 0"
-            )
-        llama_log.install(verbose=False)
-        llama_cpp.llama_backend_init()
-        params = llama_cpp.llama_model_default_params()
-        params.n_gpu_layers = settings.n_gpu_layers
-        self._model = llama_cpp.llama_model_load_from_file(os.fsencode(self.path), params)
-        if not self._model:
-            raise InputError(f"{self.path}: llama.cpp cannot load it: {llama_log.last_errors()}")
-        try:
-            self._open(settings)
-        except BaseException:
-            self.close()
-            raise
-
-    def _open(self, settings: LlamaSettings) -> None:
+        super().__init__(settings.path, n_gpu_layers=settings.n_gpu_layers)
         model = self._model
         if llama_cpp.llama_model_is_recurrent(model) or llama_cpp.llama_model_is_hybrid(model):
             raise UnsupportedError(
                 f"{self.path}: a recurrent model cannot forget a part of a sequence, which serving "
                 "needs; use llama.cpp's own server"
             )
-        self.n_ctx_train = int(llama_cpp.llama_model_n_ctx_train(model))
         self.n_ctx = settings.n_ctx or self.n_ctx_train
         self.kv_size = settings.kv_size or self.n_ctx
         if self.n_ctx < 2:
@@ -118,28 +89,18 @@ class LlamaBatch:
             raise InputError(
                 f"kv_size is {self.kv_size}, less than the {self.n_ctx} tokens a request may have"
             )
-        self.vocab = llama_cpp.llama_model_get_vocab(model)
-        self.n_vocab = int(llama_cpp.llama_vocab_n_tokens(self.vocab))
         self.n_parameters = int(llama_cpp.llama_model_n_params(model))
         self.size_bytes = int(llama_cpp.llama_model_size(model))
-        self.n_batch = settings.n_batch
+        self.n_batch, self.kv_type = settings.n_batch, settings.kv_type
+        self._batch = Batch(self.n_batch)
         params = llama_cpp.llama_context_default_params()
         params.n_ctx = self.kv_size
         params.n_batch = params.n_ubatch = self.n_batch
         params.n_seq_max = settings.n_parallel + settings.n_prefixes
         params.n_threads = params.n_threads_batch = settings.n_threads or free_cores()
-        params.flash_attn_type = FLASH_ATTENTION[settings.flash_attention]
-        params.type_k = params.type_v = ggml_type(settings.kv_type).id
         params.kv_unified = True  # sequences that begin alike share cells
         params.swa_full = True  # so that any suffix can be forgotten
-        params.no_perf = True
-        self._ctx = llama_cpp.llama_init_from_model(model, params)
-        if not self._ctx:
-            raise DsqError(
-                f"{self.path}: llama.cpp cannot make a {settings.kv_type} KV cache of "
-                f"{self.kv_size} tokens: {llama_log.last_errors() or 'out of memory?'}"
-            )
-        self._memory = llama_cpp.llama_get_memory(self._ctx)
+        self._open(params, settings.kv_type, settings.flash_attention)
 
     @property
     def context(self) -> llama_cpp.llama_context_p:
@@ -158,6 +119,24 @@ class LlamaBatch:
     def clear(self) -> None:
         llama_cpp.llama_memory_clear(self._memory, False)
 
+    def size_of(self, sequence: int) -> int:
+        """Bytes of `save`d."""
+        return int(llama_cpp.llama_state_seq_get_size(self._ctx, sequence))
+
+    def save(self, sequence: int) -> npt.NDArray[np.uint8]:
+        """The keys and values of a sequence. Raises DsqError when llama.cpp cannot."""
+        data = np.empty(self.size_of(sequence), np.uint8)
+        if llama_cpp.llama_state_seq_get_data(self._ctx, _bytes(data), data.size, sequence) != (
+            data.size
+        ):
+            raise DsqError(f"{self.path}: llama.cpp did not save a sequence")
+        return data
+
+    def restore(self, sequence: int, data: npt.NDArray[np.uint8]) -> None:
+        """Put back what was saved, as this sequence. Raises DsqError when it does not fit."""
+        if not llama_cpp.llama_state_seq_set_data(self._ctx, _bytes(data), data.size, sequence):
+            raise DsqError(f"{self.path}: llama.cpp did not restore a sequence")
+
     def decode(
         self,
         tokens: Sequence[int],
@@ -169,16 +148,14 @@ class LlamaBatch:
 
         The array lies in llama.cpp's memory: it is valid until the next batch.
         """
-        batch = self._batch.fill(
-            np.array(tokens, np.int32),
-            np.array(positions, np.int32),
-            np.array(sequences, np.int32),
-            np.array(wanted, np.int8),
+        self._evaluate(
+            self._batch.fill(
+                np.array(tokens, np.int32),
+                np.array(positions, np.int32),
+                np.array(sequences, np.int32),
+                np.array(wanted, np.int8),
+            )
         )
-        code = llama_cpp.llama_decode(self._ctx, batch)
-        if code:
-            reason = "its KV cache is full" if code == 1 else llama_log.last_errors()
-            raise DsqError(f"{self.path}: llama_decode failed ({code}): {reason}")
         rows = sum(wanted)
         if not rows:
             # Nothing was waited for; on a GPU the work may still run.
@@ -187,17 +164,6 @@ class LlamaBatch:
         pointer = llama_cpp.llama_get_logits(self._ctx)
         return np.ctypeslib.as_array(pointer, shape=(rows, self.n_vocab))
 
-    def close(self) -> None:
-        """Free the context and the model. Closing twice is allowed."""
-        if self._ctx is not None:
-            llama_cpp.llama_free(self._ctx)
-            self._ctx = None
-        if self._model is not None:
-            llama_cpp.llama_model_free(self._model)
-            self._model = None
 
-    def __enter__(self) -> LlamaBatch:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
+def _bytes(data: npt.NDArray[np.uint8]) -> Any:
+    return ctypes.cast(data.ctypes.data, ctypes.POINTER(ctypes.c_uint8))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from dsq.errors import DsqError, InputError
 from dsq.runtime.engine import Floats
@@ -15,9 +15,12 @@ from dsq.runtime.server.backend import (
     TokenLogprobs,
     Usage,
 )
+from dsq.runtime.server.draft_model import MOST_GUESSES, DraftModel
 from dsq.runtime.server.llama_batch import LlamaBatch, LlamaSettings
-from dsq.runtime.server.lookup import Drafter, StepCost
+from dsq.runtime.server.parking import Parking
 from dsq.runtime.server.scheduler import Copy, Plan, Rows, Scheduler
+from dsq.runtime.server.sequences import LoopSettings, SequenceModel
+from dsq.runtime.server.speculation import Generating, Speculation
 from dsq.runtime.server.token_sampler import TokenSampler, logprobs
 
 _MIN_PROMPT = 32  # smaller chunks waste the batch
@@ -34,6 +37,7 @@ class Counters:
     accepted_tokens: int = 0
     prompt_seconds: float = 0.0
     predict_seconds: float = 0.0
+    outside_seconds: float = 0.0  # this thread's processor time outside the model
 
 
 @dataclass
@@ -42,7 +46,6 @@ class _Run:
 
     request: GenerateRequest
     sampler: TokenSampler
-    drafter: Drafter | None
     began: float | None = None  # first row in a batch
     first: float | None = None  # first token sampled
     n_generated: int = 0
@@ -52,14 +55,20 @@ class _Run:
 
 
 class Loop:
-    """Loads the model; `submit` and `cancel` between calls of `step`.
+    """Runs `model`, or the GGUF that the settings name; `submit` and `cancel` between calls of
+    `step`.
+
 
     `submit` raises InputError for a request the model cannot take (PromptTooLong among them).
     """
 
-    def __init__(self, settings: LlamaSettings) -> None:
+    def __init__(self, settings: LoopSettings, model: SequenceModel | None = None) -> None:
         self._settings = settings
-        self._llama = LlamaBatch(settings)
+        model, draft_model = _open(settings) if model is None else (model, None)
+        self._llama: SequenceModel = model
+        self._parking = Parking(model) if isinstance(model, LlamaBatch) else None
+        self._coupled = draft_model is not None
+        self._speculation = Speculation(settings.n_draft, draft_model, settings.gap_ms)
         # Else the first request waits for the file's pages and the graph's buffers.
         self._llama.decode([0], [0], [0], [1])
         self._llama.clear()
@@ -71,23 +80,22 @@ class Loop:
             n_batch=settings.n_batch,
         )
         self._runs: dict[int, _Run] = {}
-        self._cost = StepCost()
         self._prompt_rate = 0.0  # tokens a second in steps with prompt tokens
-        self._break_even = 1.0
         self.counters = Counters()
+        self._outside_since = time.thread_time()
 
     @property
     def info(self) -> ModelInfo:
-        llama, settings = self._llama, self._settings
+        llama = self._llama
         return ModelInfo(
-            path=settings.path,
+            path=self._settings.path,
             n_ctx=llama.n_ctx,
             n_ctx_train=llama.n_ctx_train,
             n_vocab=llama.n_vocab,
-            n_slots=settings.n_parallel,
+            n_slots=self._settings.n_parallel,
             n_parameters=llama.n_parameters,
             size_bytes=llama.size_bytes,
-            kv_type=settings.kv_type,
+            kv_type=llama.kv_type,
         )
 
     @property
@@ -116,7 +124,7 @@ class Loop:
         for token in (*request.prompt_ids, *biased):
             if not 0 <= token < n_vocab:
                 raise InputError(f"token {token} is outside the model's {n_vocab} tokens")
-        sampler = TokenSampler(request, self._llama.vocab, n_vocab)
+        sampler = TokenSampler(request, self._llama.vocab, n_vocab, coupled=self._coupled)
         try:
             self._scheduler.submit(
                 id,
@@ -128,23 +136,27 @@ class Loop:
         except BaseException:
             sampler.close()
             raise
-        n_draft = self._settings.n_draft if request.lookup else 0
-        drafter = Drafter(request.prompt_ids, max_draft=n_draft) if n_draft else None
-        self._runs[id] = _Run(request, sampler, drafter)
+        self._runs[id] = _Run(request, sampler)
+        self._speculation.begin(id, request, sampler)
 
     def cancel(self, id: int) -> None:
         """End a request without a word; unknown ones are ignored."""
         run = self._runs.pop(id, None)
         if run is not None:
             run.sampler.close()
+            self._speculation.end(id)
             self._scheduler.end(id)
 
     def step(self) -> list[tuple[int, Step | DsqError]]:
         """Evaluate one batch. What came of it, by request; an error ends its request."""
-        generating = self._scheduler.n_generating
-        self._break_even = self._cost.break_even(max(1, generating))
+        scheduler = self._scheduler
+        generating = scheduler.generating
         began = time.perf_counter()
-        plan = self._scheduler.plan(self._prompt_budget(generating), self._propose)
+        self._speculation.plan(
+            [Generating(i, s, scheduler.tokens(i), scheduler.most_draft(i)) for i, s in generating]
+        )
+        drafted = time.perf_counter()
+        plan = scheduler.plan(self._prompt_budget(len(generating)), self._speculation.take)
         if not plan.rows:
             return []
         for rows in plan.rows:
@@ -160,12 +172,13 @@ class Loop:
         except DsqError as error:
             return self._fail(error)
         now = time.perf_counter()
-        self._time(plan, now - began)
+        self._time(plan, now - began, now - drafted)
         return [*self._read(plan, logits, now)]
 
     def close(self) -> None:
         for id in list(self._runs):
             self.cancel(id)
+        self._speculation.close()
         self._llama.close()
 
     def _prompt_budget(self, generating: int) -> int:
@@ -174,16 +187,17 @@ class Loop:
             return self._settings.n_batch if not generating else 4 * _MIN_PROMPT
         return max(_MIN_PROMPT, int(self._prompt_rate * self._settings.gap_ms / 1e3))
 
-    def _propose(self, id: int, most: int) -> list[int]:
-        drafter = self._runs[id].drafter
-        return drafter.propose(most, self._break_even) if drafter is not None else []
-
     def _evaluate(self, plan: Plan) -> Floats:
+        if self._parking is not None:
+            self._parking.fetch(plan)
+        self._speculation.apply(plan.cache)
         for op in plan.cache:
             if isinstance(op, Copy):
                 self._llama.copy(op.source, op.target, op.n)
             else:
                 self._llama.remove(op.slot, op.start)
+        if self._parking is not None:
+            self._parking.make_way(plan, self._scheduler.idle)
         tokens: list[int] = []
         positions: list[int] = []
         sequences: list[int] = []
@@ -194,30 +208,40 @@ class Loop:
             positions.extend(range(rows.start, rows.start + n))
             sequences.extend([rows.slot] * n)
             wanted.extend([0] * (n - rows.n_wanted) + [1] * rows.n_wanted)
-        return self._llama.decode(tokens, positions, sequences, wanted)
+        before = time.thread_time()
+        self.counters.outside_seconds += before - self._outside_since
+        try:
+            return self._llama.decode(tokens, positions, sequences, wanted)
+        finally:
+            self._outside_since = time.thread_time()
 
     def _fail(self, error: DsqError) -> list[tuple[int, Step | DsqError]]:
         """The batch is lost and with it the cache's state: who ran gets the error."""
         failed = self._scheduler.reset()
         self._llama.clear()
+        if self._parking is not None:
+            self._parking.clear()
+        self._speculation.clear()
         for id in failed:
             self._runs.pop(id).sampler.close()
+            self._speculation.end(id)
         return [(id, error) for id in failed]
 
-    def _time(self, plan: Plan, seconds: float) -> None:
+    def _time(self, plan: Plan, seconds: float, evaluating: float) -> None:
+        """`seconds` of a step, `evaluating` without the making of its drafts."""
         counters, n = self.counters, plan.n_tokens
         n_prompt = sum(len(r.tokens) for r in plan.rows if r.is_prompt)
         counters.prompt_tokens += n_prompt
         if n_prompt:
             counters.prompt_seconds += seconds
             if n_prompt >= _MIN_PROMPT:
-                rate = n / seconds
+                rate = n / evaluating
                 self._prompt_rate = (
                     0.8 * self._prompt_rate + 0.2 * rate if self._prompt_rate else rate
                 )
         else:
             counters.predict_seconds += seconds
-            self._cost.observe(n, seconds)
+            self._speculation.cost.observe(n, evaluating)
 
     def _read(self, plan: Plan, logits: Floats, now: float) -> list[tuple[int, Step]]:
         """Sample where logits were wanted."""
@@ -269,8 +293,8 @@ class Loop:
             finish = "length"
         n_accepted = min(len(sampled), len(logits) - 1) if finish == "stop" else len(sampled) - 1
         self._count(run, len(sampled), rows.n_draft, n_accepted)
-        if run.drafter is not None and finish is None:
-            run.drafter.extend(sampled)
+        if finish is None:
+            self._speculation.learn(rows.request, sampled, rows.n_draft, n_accepted)
         chosen = None
         if request.n_logprobs:
             chosen = tuple(logprobs(logits[: len(sampled)], sampled, request.n_logprobs))
@@ -303,3 +327,21 @@ class Loop:
             n_drafted=run.n_drafted,
             n_accepted=run.n_accepted,
         )
+
+
+def _open(settings: LoopSettings) -> tuple[LlamaBatch, DraftModel | None]:
+    assert isinstance(settings, LlamaSettings), "other engines bring their model"
+    model = LlamaBatch(settings)
+    if not settings.draft_path:
+        return model, None
+    try:
+        small = replace(
+            settings,
+            path=settings.draft_path,
+            n_ctx=model.n_ctx,
+            kv_size=model.kv_size + settings.n_parallel * MOST_GUESSES,
+        )
+        return model, DraftModel(small, model.n_vocab)
+    except BaseException:
+        model.close()
+        raise

@@ -31,8 +31,12 @@ class Record:
     n_prompt: int = 0
     n_cached: int = 0
     n_generated: int = 0
+    n_sent: int = 0  # tokens given out, of answers that were cut off, too
+    n_answers: int = 0  # that came to their end
     predict_ms: float = 0.0
+    longest_wait: float = 0.0  # seconds for the next tokens, after the first
     finish: str = ""
+    broken: str = ""  # why it ended otherwise than well
     prompt: str | None = None  # only with --log-prompts
 
     def add(self, usage: Usage, finish: str) -> None:
@@ -40,7 +44,25 @@ class Record:
         self.n_cached += usage.n_cached
         self.n_generated += usage.n_generated
         self.predict_ms += usage.predict_ms
+        self.n_answers += 1
         self.finish = finish
+
+    def came(self, now: float, asked: float, n_tokens: int) -> None:
+        """New tokens, for which the request waited since `asked`."""
+        if self.first_token is None:
+            self.first_token = now
+        else:
+            self.longest_wait = max(self.longest_wait, now - asked)
+        self.n_sent += n_tokens
+
+    @property
+    def n_tokens(self) -> int:
+        return max(self.n_generated, self.n_sent)
+
+    def broke(self, status: int, why: str) -> None:
+        """It ended badly, perhaps after a stream's 200; what is told first counts."""
+        if not self.broken:
+            self.status, self.broken = status, why
 
     def line(self, method: str, ended: float) -> str:
         parts = [method, self.route, str(self.status), f"{(ended - self.began) * 1e3:.0f}ms"]
@@ -50,12 +72,15 @@ class Record:
             parts.append(f"prompt={self.n_prompt} cached={self.n_cached}")
         if self.first_token is not None:
             parts.append(f"first={(self.first_token - self.began) * 1e3:.0f}ms")
-        if self.n_generated and self.predict_ms:
-            parts.append(f"generated={self.n_generated}")
-            if self.n_generated > 1:  # one token takes no time after the prompt
-                parts.append(f"rate={self.n_generated / self.predict_ms * 1e3:.1f}/s")
-        if self.finish:
-            parts.append(f"finish={self.finish}")
+        if self.n_tokens:
+            parts.append(f"generated={self.n_tokens}")
+        n = self.n_generated - self.n_answers  # the first token takes no time after the prompt
+        if n > 0 and self.predict_ms:
+            parts.append(f"rate={n / self.predict_ms * 1e3:.1f}/s")
+        if self.longest_wait:
+            parts.append(f"longest_wait={self.longest_wait * 1e3:.0f}ms")
+        if self.broken or self.finish:
+            parts.append(f"end={self.broken}" if self.broken else f"finish={self.finish}")
         if self.prompt is not None:
             parts.append(f"text={self.prompt!r}")
         return " ".join(parts)
@@ -74,6 +99,12 @@ class Metrics:
         )
         self.first_token = Histogram(
             "dsq_first_token_seconds", "Until the first token", registry=registry, buckets=_SECONDS
+        )
+        self.longest_wait = Histogram(
+            "dsq_longest_wait_seconds",
+            "Longest wait of an answer for its next tokens, after the first",
+            registry=registry,
+            buckets=_SECONDS,
         )
         self.prompt_tokens = Counter(
             "dsq_prompt_tokens", "Prompt tokens, cached ones included", registry=registry
@@ -108,7 +139,9 @@ class Metrics:
             self.first_token.observe(record.first_token - record.began)
         self.prompt_tokens.inc(record.n_prompt)
         self.cached_tokens.inc(record.n_cached)
-        self.generated_tokens.inc(record.n_generated)
+        self.generated_tokens.inc(record.n_tokens)
+        if record.longest_wait:
+            self.longest_wait.observe(record.longest_wait)
 
     def text(self, models: dict[str, BackendStats]) -> bytes:
         """Prometheus' format. `models`: those that are loaded now."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from dsq.runtime.server.backend import ModelInfo, Usage
+from dsq.runtime.server.backend import GenerateRequest, ModelInfo, Usage
 from dsq.runtime.server.bodies import NativeBody
 from dsq.runtime.server.generation import Answer, Delta
 from dsq.runtime.server.prepare import Prepared
@@ -90,10 +91,17 @@ class NativeShape:
                 "stop": list(self.prepared.stops),
                 "n_probs": self._body.n_probs or 0,
                 "grammar": request.grammar or "",
+                "n_indent": self._body.n_indent or 0,
+                "ignore_eos": bool(self._body.ignore_eos),
+                "stream": bool(self._body.stream),
+                "logit_bias": [
+                    {"token": token, "bias": bias if math.isfinite(bias) else None}
+                    for token, bias in request.logit_bias
+                ],
             },
             "prompt": self.tokenizer.decode(request.prompt_ids, skip_special=False),
             "has_new_line": "\n" in text,
-            "truncated": False,
+            "truncated": self._is_full(request, answer),
             "stop_type": kind,
             "stopping_word": answer.stop_string or "",
             "tokens_cached": usage.n_cached if usage else 0,
@@ -103,6 +111,14 @@ class NativeShape:
         if self.prepared.show_top is not None:
             found["completion_probabilities"] = self._probabilities(tokens)
         return self._selected(found)
+
+    def _is_full(self, request: GenerateRequest, answer: Answer) -> bool:
+        """Whether the context ended the answer, before what was asked for did."""
+        usage = answer.usage
+        if usage is None or answer.finish != "length":
+            return False
+        full = usage.n_prompt + usage.n_generated >= self._info.n_ctx
+        return full and usage.n_generated < request.max_tokens
 
     def _selected(self, found: dict[str, Any]) -> dict[str, Any]:
         """Only `response_fields`; `timings/prompt_n` is a field of a field."""
@@ -142,6 +158,7 @@ def timings(usage: Usage | None) -> dict[str, Any]:
     if usage is None:
         return {}
     prompt_n, n = usage.n_prompt - usage.n_cached, usage.n_generated
+    steps, ms = max(0, n - 1), usage.predict_ms  # the first token comes of the prompt's last step
     return {
         "cache_n": usage.n_cached,
         "prompt_n": prompt_n,
@@ -149,9 +166,9 @@ def timings(usage: Usage | None) -> dict[str, Any]:
         "prompt_per_token_ms": usage.prompt_ms / max(1, prompt_n),
         "prompt_per_second": prompt_n / usage.prompt_ms * 1e3 if usage.prompt_ms else 0.0,
         "predicted_n": n,
-        "predicted_ms": usage.predict_ms,
-        "predicted_per_token_ms": usage.predict_ms / max(1, n),
-        "predicted_per_second": n / usage.predict_ms * 1e3 if usage.predict_ms else 0.0,
+        "predicted_ms": ms,
+        "predicted_per_token_ms": ms / steps if steps else 0.0,
+        "predicted_per_second": steps / ms * 1e3 if ms else 0.0,
         "draft_n": usage.n_drafted,
         "draft_n_accepted": usage.n_accepted,
     }

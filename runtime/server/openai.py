@@ -38,7 +38,7 @@ class _Shape:
             "id": f"{self.prefix}-{secrets.token_hex(12)}",
             "created": int(time.time()),
             "model": model,
-            "system_fingerprint": f"dsq-{__version__}",
+            "system_fingerprint": f"build-dsq-{__version__}",
         }
         self._usages: list[Usage] = []
         self._begun: set[int] = set()
@@ -101,7 +101,9 @@ def speed(usages: Sequence[Usage]) -> dict[str, Any]:
     return {
         "prompt_ms": round(sum(u.prompt_ms for u in usages), 3),
         "predict_ms": round(ms, 3),
-        "tokens_per_second": round(n / ms * 1e3, 2) if ms and n > len(usages) else 0.0,
+        "tokens_per_second": round((n - len(usages)) / ms * 1e3, 2)
+        if ms and n > len(usages)
+        else 0.0,
         "drafted_tokens": sum(u.n_drafted for u in usages),
         "accepted_tokens": sum(u.n_accepted for u in usages),
     }

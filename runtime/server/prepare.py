@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from dsq.errors import InputError
+from dsq.runtime import chat_context
 from dsq.runtime.server.backend import GenerateRequest, ModelInfo, PromptTooLong
 from dsq.runtime.server.bodies import (
     MAX_ANSWERS,
@@ -17,10 +18,13 @@ from dsq.runtime.server.bodies import (
     NativeCompletionBody,
     SamplingBody,
 )
-from dsq.runtime.server.infill import Extra, infill
+from dsq.runtime.server.infill import Extra, in_strides, infill, prompt_room, with_files
+from dsq.runtime.server.repos import Repositories
 from dsq.tokenizer_port.tokenizer import Tokenizer
 
 DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's, for /v1/completions alone
+CHAT_SPARE = 64  # tokens for the words around a repository's files
+NO_REPOS = Repositories()
 
 
 @dataclass(frozen=True)
@@ -41,14 +45,16 @@ class Prepared:
     max_seconds: float | None = None
 
 
-def prepare_completion(body: CompletionBody, tokenizer: Tokenizer, info: ModelInfo) -> Prepared:
+def prepare_completion(
+    body: CompletionBody, tokenizer: Tokenizer, info: ModelInfo, repos: Repositories = NO_REPOS
+) -> Prepared:
     n = body.n or 1
     if body.best_of is not None and body.best_of != n:
         raise InputError(f"best_of is {body.best_of}; this server takes only n, which is {n}")
     n_predict = DEFAULT_COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
     no_answer = n_predict == 0
     special = bool(body.parse_special)
-    report: dict[str, Any] = {}
+    report: Mapping[str, Any] = {}
     if body.suffix is not None and (body.suffix or tokenizer.vocab.fim_suffix is not None):
         if not isinstance(body.prompt, str):
             raise InputError("suffix: goes with one prompt that is a string")
@@ -60,9 +66,14 @@ def prepare_completion(body: CompletionBody, tokenizer: Tokenizer, info: ModelIn
             body.suffix,
             n_ctx=info.n_ctx,
             n_predict=n_predict,
+            around=repos.around(body, tokenizer, body.prompt + body.suffix),
             parse_special=special,
         )
         prompts, report = [found.ids], found.report()
+    elif body.repo or body.path:
+        if body.echo:
+            raise InputError("echo: does not go with repo or path")
+        prompts, report = _with_files(body, body.prompt, n_predict, tokenizer, info, repos)
     else:
         prompts = [_ids(p, tokenizer, special) for p in _openai_prompts(body.prompt)]
     show_top = body.logprobs
@@ -75,10 +86,12 @@ def prepare_completion(body: CompletionBody, tokenizer: Tokenizer, info: ModelIn
     )
 
 
-def prepare_chat(body: ChatBody, tokenizer: Tokenizer, info: ModelInfo) -> Prepared:
-    ids = tokenizer.chat(
-        [message.plain() for message in body.messages], parse_special=bool(body.parse_special)
-    )
+def prepare_chat(
+    body: ChatBody, tokenizer: Tokenizer, info: ModelInfo, repos: Repositories = NO_REPOS
+) -> Prepared:
+    special = bool(body.parse_special)
+    messages = [message.plain() for message in body.messages]
+    ids = tokenizer.chat(messages, parse_special=special)
     wanted = body.max_completion_tokens
     wanted = body.max_tokens if wanted is None else wanted
     if wanted == 0:
@@ -87,31 +100,75 @@ def prepare_chat(body: ChatBody, tokenizer: Tokenizer, info: ModelInfo) -> Prepa
         raise InputError("top_logprobs: goes with logprobs: true")
     show_top = (body.top_logprobs or 0) if body.logprobs else None
     n_predict = -1 if wanted is None else wanted
-    return _prepared(
+    report: dict[str, Any] = {}
+    if body.repo:
+        planned = repos.around(body, tokenizer, None).repo
+        assert planned is not None, "a request that names a repository has one, or was refused"
+        room = prompt_room(info.n_ctx, n_predict)
+        context = planned(in_strides(room, room - len(ids) - CHAT_SPARE))
+        messages = chat_context.with_files(messages, chat_context.repo_text(context, tokenizer))
+        ids = tokenizer.chat(messages, parse_special=special)
+        report = {"repo": context.report()}
+    prepared = _prepared(
         body, tokenizer, info, [tuple(ids)], body.n or 1, n_predict, show_top, chat=True
     )
+    return replace(prepared, report=report)
 
 
-def prepare_native(body: NativeCompletionBody, tokenizer: Tokenizer, info: ModelInfo) -> Prepared:
+def prepare_native(
+    body: NativeCompletionBody,
+    tokenizer: Tokenizer,
+    info: ModelInfo,
+    repos: Repositories = NO_REPOS,
+) -> Prepared:
+    if body.repo or body.path:
+        prompts, report = _with_files(body, body.prompt, _n_predict(body), tokenizer, info, repos)
+        return _native(body, tokenizer, info, prompts, report)
     special = bool(body.parse_special)
     prompts = [_ids(p, tokenizer, special) for p in _native_prompts(body.prompt)]
     return _native(body, tokenizer, info, prompts, {})
 
 
-def prepare_infill(body: InfillBody, tokenizer: Tokenizer, info: ModelInfo) -> Prepared:
+def prepare_infill(
+    body: InfillBody, tokenizer: Tokenizer, info: ModelInfo, repos: Repositories = NO_REPOS
+) -> Prepared:
     if body.input_prefix is None and body.input_suffix is None:
         raise InputError("input_prefix and input_suffix are both absent; give one of them")
-    n_predict = _n_predict(body)
+    prefix = (body.input_prefix or "") + (body.prompt or "")
+    suffix = body.input_suffix or ""
+    extra = tuple(Extra(file.filename or "", file.text) for file in body.input_extra or [])
     found = infill(
         tokenizer,
-        (body.input_prefix or "") + (body.prompt or ""),
-        body.input_suffix or "",
+        prefix,
+        suffix,
         n_ctx=info.n_ctx,
-        n_predict=n_predict,
-        extra=[Extra(file.filename or "", file.text) for file in body.input_extra or []],
+        n_predict=_n_predict(body),
+        around=repos.around(body, tokenizer, prefix + suffix, extra),
         parse_special=bool(body.parse_special),
     )
     return _native(body, tokenizer, info, [found.ids], found.report())
+
+
+def _with_files(
+    body: SamplingBody,
+    prompt: Any,
+    n_predict: int,
+    tokenizer: Tokenizer,
+    info: ModelInfo,
+    repos: Repositories,
+) -> tuple[list[tuple[int, ...]], Mapping[str, Any]]:
+    """One prompt behind a repository's files, and the response's `dsq` field."""
+    if not isinstance(prompt, str):
+        raise InputError("repo, path: go with one prompt that is a string")
+    ids, report = with_files(
+        tokenizer,
+        prompt,
+        n_ctx=info.n_ctx,
+        n_predict=n_predict,
+        around=repos.around(body, tokenizer, prompt),
+        parse_special=bool(body.parse_special),
+    )
+    return [ids], report
 
 
 def _n_predict(body: NativeBody) -> int:

@@ -20,6 +20,14 @@ class HttpProblem(DsqError):
         self.status, self.code, self.headers = status, code, headers
 
 
+SHUTTING_DOWN = HttpProblem(
+    503,
+    "the server is shutting down and gave this answer up; send the request again when it is back",
+    "shutting_down",
+    Retry_After="5",
+)
+
+
 class ModelNotFound(InputError):
     """HTTP 404."""
 
@@ -31,6 +39,7 @@ class Problem:
     code: str | None = None
     headers: Mapping[str, str] = field(default_factory=dict)
     extra: Mapping[str, Any] = field(default_factory=dict)
+    param: str | None = None  # the field that is wrong
 
     @property
     def content(self) -> dict[str, Any]:
@@ -40,7 +49,7 @@ class Problem:
             kind = "rate_limit_error"
         elif self.status >= 500:
             kind = "server_error"
-        error = {"message": self.message, "type": kind, "param": None, "code": self.code}
+        error = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
         return {"error": {**error, **self.extra}}
 
 
@@ -51,8 +60,13 @@ def problem(error: Exception) -> Problem:
         headers = {name.replace("_", "-"): value for name, value in error.headers.items()}
         return Problem(error.status, message, error.code, headers)
     if isinstance(error, PromptTooLong):
-        numbers = {"n_prompt_tokens": error.n_prompt, "n_ctx": error.n_ctx}
-        return Problem(400, message, "context_length_exceeded", extra=numbers)
+        # OpenAI's clients look at the code, llama.cpp's at the type and the numbers.
+        more = {
+            "type": "exceed_context_size_error",
+            "n_prompt_tokens": error.n_prompt,
+            "n_ctx": error.n_ctx,
+        }
+        return Problem(400, message, "context_length_exceeded", extra=more)
     if isinstance(error, Busy):
         return Problem(429, message, "busy", {"Retry-After": str(error.retry_after_s)})
     if isinstance(error, WorkerDied):

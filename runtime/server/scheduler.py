@@ -105,6 +105,9 @@ class _Uses:
     def __len__(self) -> int:
         return len(self._count)
 
+    def of(self, cell: int) -> int:
+        return self._count[cell]
+
     def add(self, cells: Iterable[int]) -> None:
         self._count.update(cells)
 
@@ -120,7 +123,8 @@ class Scheduler:
     """`n_parallel` requests run at once, each up to `n_ctx` tokens, in `n_slots` slots.
 
     The slots beyond n_parallel only keep prefixes. A batch never exceeds `n_batch` tokens. A
-    request waits while an older one evaluates `min_shared` or more tokens that it can share.
+    request waits while an older one evaluates `min_shared` or more tokens that it can share, and
+    shares `min_copied` or more of another slot's: fewer are not worth the bond.
     """
 
     def __init__(
@@ -132,11 +136,12 @@ class Scheduler:
         kv_size: int,
         n_batch: int,
         min_shared: int = 64,
+        min_copied: int = 8,
     ) -> None:
         if not (1 <= n_parallel <= n_slots and n_parallel <= n_batch and 2 <= n_ctx <= kv_size):
             raise ValueError(f"{n_parallel=} {n_slots=} {n_ctx=} {kv_size=} {n_batch=} do not fit")
         self._n_parallel, self._n_ctx, self._kv_size = n_parallel, n_ctx, kv_size
-        self._n_batch, self._min_shared = n_batch, min_shared
+        self._n_batch, self._min_shared, self._min_copied = n_batch, min_shared, min_copied
         self._slots = [_Slot(i) for i in range(n_slots)]
         self._waiting: list[_Request] = []  # by order
         self._running: list[_Request] = []  # by order
@@ -154,8 +159,18 @@ class Scheduler:
         return len(self._waiting)
 
     @property
-    def n_generating(self) -> int:
-        return sum(r.pending == 1 for r in self._running)
+    def generating(self) -> list[tuple[int, int]]:
+        """Requests that wait for their next token, and their slots; the oldest first."""
+        return [(r.id, r.slot.index) for r in self._running if r.slot and r.pending == 1]
+
+    @property
+    def idle(self) -> list[tuple[int, int]]:
+        """Slots without a request that share no cell with another one, and how many they hold."""
+        return [
+            (s.index, len(s.cells))
+            for s in self._slots
+            if s.request is None and s.cells and self._used.of(s.cells[0]) == 1
+        ]
 
     @property
     def kv_used(self) -> int:
@@ -324,11 +339,17 @@ class Scheduler:
                 rank = (n, slot.request is None, -slot.used)
                 if n and rank > best:
                     best, found = rank, slot
-        return found, best[0]
+        n = best[0]
+        if found is not None and n < self._min_copied and not self._takes_over(found, n):
+            return None, 0  # a BOS in common
+        return found, n
+
+    def _takes_over(self, source: _Slot, n: int) -> bool:
+        return source.request is None and 2 * n >= len(source.tokens)
 
     def _choose(self, source: _Slot | None, n: int) -> _Slot:
         """An idle slot: the source itself if little of it would be lost, else the oldest."""
-        if source is not None and source.request is None and 2 * n >= len(source.tokens):
+        if source is not None and self._takes_over(source, n):
             return source
         idle = [s for s in self._slots if s.request is None]
         others = [s for s in idle if s is not source] or idle

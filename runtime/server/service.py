@@ -11,12 +11,15 @@ from typing import Any, Protocol, TypeVar
 from fastapi import Request
 from starlette.responses import Response
 
-from dsq.runtime.server.bodies import SamplingBody
+from dsq.runtime.server.backend import Backend
+from dsq.runtime.server.bodies import NativeBody, SamplingBody
 from dsq.runtime.server.generation import Answer, Delta, answers
+from dsq.runtime.server.indent import IndentedBackend
 from dsq.runtime.server.limits import Limits
 from dsq.runtime.server.metrics import RECORD, Metrics, Record
 from dsq.runtime.server.models import Model, ModelPool
 from dsq.runtime.server.prepare import Prepared
+from dsq.runtime.server.repos import Repositories
 from dsq.runtime.server.transport import EventStream, LateJson, TimeLimits
 
 LARGE_BODY = 4096  # bytes; the text of a larger one is tokenized in a thread
@@ -36,15 +39,17 @@ class Shape(Protocol):
 class Service:
     """The models, and what every request to them goes through."""
 
-    def __init__(self, pool: ModelPool, limits: Limits, times: TimeLimits) -> None:
-        self.pool, self.limits, self.times = pool, limits, times
+    def __init__(
+        self, pool: ModelPool, limits: Limits, times: TimeLimits, repos: Repositories
+    ) -> None:
+        self.pool, self.limits, self.times, self.repos = pool, limits, times, repos
         self.metrics = Metrics()
 
     def respond(
         self, request: Request, body: _Body, shape: Callable[[_Body, Model], Shape]
     ) -> Response:
         record: Record = request.scope[RECORD]
-        large = int(request.headers.get("content-length") or LARGE_BODY) >= LARGE_BODY
+        large = int(request.headers.get("content-length") or LARGE_BODY) >= LARGE_BODY or body.repo
 
         async def deltas() -> AsyncGenerator[tuple[Shape, Delta], None]:
             async with self.pool.use(body.model) as model:
@@ -57,19 +62,24 @@ class Service:
                 if self.limits.log_prompts:
                     ids = prepared.requests[0].prompt_ids
                     record.prompt = model.tokenizer.decode(ids, skip_special=False)
+                backend: Backend = model.backend
+                if isinstance(body, NativeBody) and body.n_indent:
+                    backend = IndentedBackend(backend, model.tokenizer, body.n_indent)
                 found = answers(
-                    model.backend,
+                    backend,
                     model.tokenizer,
                     prepared.requests,
                     prepared.stops,
                     prepared.max_seconds,
                 )
+                asked = time.perf_counter()
                 async with aclosing(found):
                     async for delta in found:
-                        record.first_token = record.first_token or time.perf_counter()
+                        record.came(time.perf_counter(), asked, len(delta.tokens))
                         if delta.usage is not None and delta.finish is not None:
                             record.add(delta.usage, delta.finish)
                         yield made, delta
+                        asked = time.perf_counter()
 
         async def whole() -> Any:
             found: dict[int, Answer] = {}

@@ -1,9 +1,19 @@
-"""Choosing a request's tokens: plain arg-max where that is all, else llama.cpp's samplers."""
+"""Choosing a request's tokens: plain arg-max where that is all, else llama.cpp's samplers.
+
+Beside a draft model the draw itself is ours. Both models' choices at one position add the same
+random numbers to their logits (Gumbel noise: the largest sum is then a draw from the softmax), so
+that models which agree draw the same token: with probability (1 - d) / (1 + d) or more, d being the
+total variation distance of the two distributions. The larger model's token stands whatever the
+smaller one guessed, so a draft changes neither the distribution nor what a seed gives. Leviathan et
+al. (2211.17192) accept 1 - d, but there a seed's text depends on how long each draft was; Daliri et
+al. (2408.07978) have the coupling and its bound.
+"""
 
 from __future__ import annotations
 
-import ctypes
-from collections.abc import Iterator, Sequence
+import copy
+import secrets
+from collections.abc import Sequence
 from typing import Any
 
 import llama_cpp
@@ -13,72 +23,110 @@ import numpy.typing as npt
 from dsq.errors import InputError
 from dsq.runtime import llama_log
 from dsq.runtime.engine import Floats
-from dsq.runtime.server.backend import GenerateRequest, TokenLogprobs
+from dsq.runtime.llama_sampler import Candidates, make_chain
+from dsq.runtime.server.backend import MAX_SEED, GenerateRequest, TokenLogprobs
 
-_RANDOM_SEED = 0xFFFFFFFF  # LLAMA_DEFAULT_SEED: llama.cpp draws one
+_MASK = (1 << 64) - 1
 
 
 class TokenSampler:
     """One request's sampler: it remembers tokens (penalties, grammar) and its random state.
 
-    Raises InputError for a grammar that llama.cpp does not understand.
+    `coupled` draws by shared noise, for use beside a draft model. Raises InputError for a grammar
+    that llama.cpp does not understand.
     """
 
-    def __init__(self, request: GenerateRequest, vocab: Any, n_vocab: int) -> None:
+    def __init__(
+        self, request: GenerateRequest, vocab: Any, n_vocab: int, *, coupled: bool = False
+    ) -> None:
         self._chain = self._grammar = None
-        self._n_vocab, self._vocab = n_vocab, vocab
+        self._noise: _Noise | None = None
+        self._vocab = vocab
         sampling = request.sampling
-        self._bias = dict(request.logit_bias)
         self.is_argmax = (
             sampling.temperature == 0
             and not sampling.penalizes
-            and not self._bias
+            and not request.logit_bias
             and request.grammar is None
         )
         if self.is_argmax:
             return
+        if coupled and sampling.temperature > 0:
+            seed = sampling.seed
+            self._noise = _Noise(secrets.randbelow(MAX_SEED + 1) if seed is None else seed)
         if request.grammar is not None:
             self._grammar = _grammar(vocab, request.grammar)
-        chain = llama_cpp.llama_sampler_chain_init(llama_cpp.llama_sampler_chain_default_params())
-        self._chain = chain
-        for step in _steps(request, n_vocab):
-            llama_cpp.llama_sampler_chain_add(chain, step)
+        self._chain = make_chain(
+            n_vocab,
+            temperature=sampling.temperature,
+            top_k=sampling.top_k,
+            top_p=sampling.top_p,
+            min_p=sampling.min_p,
+            repeat_penalty=sampling.repeat_penalty,
+            frequency_penalty=sampling.frequency_penalty,
+            presence_penalty=sampling.presence_penalty,
+            last_n=sampling.repeat_last_n if sampling.repeat_last_n >= 0 else 2**20,
+            logit_bias=request.logit_bias,
+            seed=sampling.seed,
+            draws=self._noise is None,
+        )
         if sampling.penalizes:
             for token in request.prompt_ids[-max(sampling.repeat_last_n, 0) :]:
-                llama_cpp.llama_sampler_accept(chain, token)
+                llama_cpp.llama_sampler_accept(self._chain, token)
 
     def sample(self, logits: Floats, context: Any, index: int) -> int | None:
         """The next token, or None if the grammar allows none.
 
-        `logits` (n_vocab,) are those of the token at `index` in the context's last batch.
+        `logits` (n_vocab,) are those of the token at `index` in the context's last batch; without
+        a context of llama.cpp the samplers run on them.
         """
         if self.is_argmax:
             return int(logits.argmax())
-        if self._grammar is None:
+        if self._grammar is None and self._noise is None and context is not None:
             return int(llama_cpp.llama_sampler_sample(self._chain, context, index))
-        return self._sample_by_grammar(logits)
+        return self._sample_here(logits)
 
-    def _sample_by_grammar(self, logits: Floats) -> int | None:
+    def _sample_here(self, logits: Floats) -> int | None:
         """As llama.cpp's tools do: only if the free choice breaks the grammar, apply it to all."""
         token = self._choose(logits, by_grammar=False)
-        one = _Candidates(np.array([token], np.int32), np.zeros(1, np.float32))
-        llama_cpp.llama_sampler_apply(self._grammar, ctypes.byref(one.array))
-        if one.rows["logit"][0] == -np.inf:
+        if self._grammar is not None and not self._allows(token):
             token = self._choose(logits, by_grammar=True)
         if token is not None:
             llama_cpp.llama_sampler_accept(self._chain, token)
-            if not llama_cpp.llama_vocab_is_eog(self._vocab, token):
+            if self._grammar is not None and not llama_cpp.llama_vocab_is_eog(self._vocab, token):
                 llama_cpp.llama_sampler_accept(self._grammar, token)
+        if self._noise is not None:
+            self._noise.next_position()
         return token
 
+    def _allows(self, token: int | None) -> bool:
+        one = Candidates(np.array([token], np.int32), np.zeros(1, np.float32))
+        one.apply(self._grammar)
+        return bool(one.left[1][0] != -np.inf)
+
     def _choose(self, logits: Floats, *, by_grammar: bool) -> int | None:
-        all_ = _Candidates(np.arange(self._n_vocab, dtype=np.int32), logits)
+        all_ = Candidates(np.arange(len(logits), dtype=np.int32), logits)
         if by_grammar:
-            llama_cpp.llama_sampler_apply(self._grammar, ctypes.byref(all_.array))
-            if all_.rows["logit"].max() == -np.inf:
+            all_.apply(self._grammar)
+            if all_.left[1].max() == -np.inf:
                 return None
-        llama_cpp.llama_sampler_apply(self._chain, ctypes.byref(all_.array))
-        return int(all_.array.data[all_.array.selected].id)
+        all_.apply(self._chain)
+        if self._noise is None:
+            return all_.selected
+        ids, left = all_.left
+        return int(ids[(left + self._noise.of(ids)).argmax()])
+
+    def fork(self) -> TokenSampler:
+        """What this sampler would choose from another model's logits, from here on: for drafts.
+
+        Its grammar stays behind. To be closed as well.
+        """
+        made = copy.copy(self)
+        if not self.is_argmax:
+            made._grammar = None
+            made._chain = llama_cpp.llama_sampler_clone(self._chain)
+            made._noise = copy.copy(self._noise)
+        return made
 
     def ends(self, token: int) -> bool:
         """Whether a grammar is over with this token: nothing may follow it."""
@@ -91,43 +139,34 @@ class TokenSampler:
         self._chain = self._grammar = None
 
 
-class _Candidates:
-    """A llama_token_data_array over numpy memory."""
+class _Noise:
+    """Gumbel noise for each token at each position: a function of the seed, so that two models get
+    the same without a word between them."""
 
-    def __init__(self, ids: npt.NDArray[np.int32], logits: Floats) -> None:
-        self.rows = np.zeros(len(ids), [("id", "<i4"), ("logit", "<f4"), ("p", "<f4")])
-        self.rows["id"], self.rows["logit"] = ids, logits
-        self.array = llama_cpp.llama_token_data_array(
-            data=ctypes.cast(self.rows.ctypes.data, ctypes.POINTER(llama_cpp.llama_token_data)),
-            size=len(ids),
-            selected=-1,
-            sorted=False,
-        )
+    def __init__(self, seed: int) -> None:
+        self._seed, self._position = seed, 0
+
+    def next_position(self) -> None:
+        self._position += 1
+
+    def of(self, ids: npt.NDArray[np.int32]) -> npt.NDArray[np.float64]:
+        key = (_mixed(self._seed) + self._position) & _MASK
+        bits = _mix(ids.astype(np.uint64) + np.uint64(_mixed(key)))
+        uniform = ((bits >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
+        noise: npt.NDArray[np.float64] = -np.log(-np.log(uniform))
+        return noise
 
 
-def _steps(request: GenerateRequest, n_vocab: int) -> Iterator[Any]:
-    lib, s = llama_cpp, request.sampling
-    if request.logit_bias:
-        biases = (lib.llama_logit_bias * len(request.logit_bias))()
-        for entry, (token, bias) in zip(biases, request.logit_bias, strict=True):
-            entry.token, entry.bias = token, bias
-        yield lib.llama_sampler_init_logit_bias(n_vocab, len(biases), biases)
-    if s.penalizes:
-        last_n = s.repeat_last_n if s.repeat_last_n >= 0 else 2**20
-        yield lib.llama_sampler_init_penalties(
-            n_vocab, last_n, s.repeat_penalty, s.frequency_penalty, s.presence_penalty
-        )
-    if s.temperature == 0:
-        yield lib.llama_sampler_init_greedy()
-        return
-    if s.top_k > 0:
-        yield lib.llama_sampler_init_top_k(s.top_k)
-    if s.top_p < 1:
-        yield lib.llama_sampler_init_top_p(s.top_p, 1)
-    if s.min_p > 0:
-        yield lib.llama_sampler_init_min_p(s.min_p, 1)
-    yield lib.llama_sampler_init_temp(s.temperature)
-    yield lib.llama_sampler_init_dist(_RANDOM_SEED if s.seed is None else s.seed)
+def _mix(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    """splitmix64's output function; sums and products wrap."""
+    x = (x + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def _mixed(x: int) -> int:
+    return int(_mix(np.array([x], np.uint64))[0])
 
 
 def _grammar(vocab: Any, text: str) -> Any:

@@ -5,15 +5,16 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
-from contextlib import aclosing, suppress
+from collections.abc import AsyncGenerator, Callable, Coroutine
+from contextlib import aclosing, closing, suppress
 from dataclasses import dataclass
 from typing import Any
 
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
-from dsq.runtime.server.problems import HttpProblem, problem
+from dsq.runtime.server.metrics import RECORD, Record
+from dsq.runtime.server.problems import SHUTTING_DOWN, HttpProblem, problem
 
 log = logging.getLogger("dsq.server")
 
@@ -54,9 +55,18 @@ class LateJson(Response):
         self.background = None  # FastAPI looks
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        content = await _while_connected(self._make(), receive, self._limits.answer)
-        if content is not _GONE:
-            timed = _timed(scope, send, self._limits.send)
+        with closing(_Timed(scope, send, self._limits.send)) as timed:
+            await self._answer(scope, receive, timed)
+
+    async def _answer(self, scope: Scope, receive: Receive, timed: Send) -> None:
+        try:
+            content = await _while_connected(self._make(), receive, self._limits.answer)
+        except asyncio.CancelledError:  # the server stops, and the time to finish is over
+            await _shutting_down(scope, receive, timed)
+            raise
+        if content is _GONE:
+            _broke(scope, CLIENT_GONE, "client-gone")
+        else:
             await Json(content)(scope, receive, timed)
 
 
@@ -74,24 +84,41 @@ class EventStream(Response):
         self._busy = False  # something was sent since the last look
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        timed = _timed(scope, send, self._limits.send)
+        with closing(_Timed(scope, send, self._limits.send)) as timed:
+            await self._answer(scope, receive, timed)
+
+    async def _answer(self, scope: Scope, receive: Receive, timed: Send) -> None:
         pings = asyncio.create_task(self._ping(timed))
+        stopped: asyncio.CancelledError | None = None
         try:
-            await _while_connected(self._events(timed), receive, self._limits.answer)
+            result = await _while_connected(self._events(timed), receive, self._limits.answer)
+            if result is _GONE:
+                _broke(scope, CLIENT_GONE, "client-gone")
+        except asyncio.CancelledError as error:  # the server stops; the time to finish is over
+            stopped = error
         except Exception as error:
             if not self._opened:
                 raise
             found = problem(error)
             if found.status == 500:
                 log.error("error in a stream", exc_info=error)
+            _broke(scope, found.status, found.code or "error")
             await self._put(timed, event(found.content))
         finally:
             pings.cancel()
             with suppress(asyncio.CancelledError):
                 await pings
+        if stopped is not None:
+            if not self._opened:
+                await _shutting_down(scope, receive, timed)
+            else:
+                _broke(scope, problem(SHUTTING_DOWN).status, "shutdown")
+                await self._put(timed, event(problem(SHUTTING_DOWN).content))
         if self._opened:
             with suppress(OSError):
                 await timed({"type": "http.response.body", "body": b"", "more_body": False})
+        if stopped is not None:
+            raise stopped
 
     async def _events(self, send: Send) -> None:
         async with aclosing(self._make()) as events:
@@ -127,6 +154,19 @@ def event(content: Any) -> bytes:
 DONE = b"data: [DONE]\n\n"
 
 _GONE = object()
+CLIENT_GONE = 499  # nginx's status for it: in the log and the counters, never sent
+
+
+def _broke(scope: Scope, status: int, why: str) -> None:
+    record: Record | None = scope.get(RECORD)
+    if record is not None:
+        record.broke(status, why)
+
+
+async def _shutting_down(scope: Scope, receive: Receive, send: Send) -> None:
+    found = problem(SHUTTING_DOWN)
+    _broke(scope, found.status, "shutdown")
+    await Json(found.content, found.status, dict(found.headers))(scope, receive, send)
 
 
 async def _while_connected(work: Coroutine[Any, Any, Any], receive: Receive, limit: float) -> Any:
@@ -152,24 +192,45 @@ async def _disconnected(receive: Receive) -> None:
         pass
 
 
-def _timed(scope: Scope, send: Send, limit: float) -> Callable[[Message], Awaitable[None]]:
-    """`send` that cuts a connection whose reader takes nothing for `limit` seconds.
+class _Timed:
+    """`send` that cuts a connection whose reader takes nothing for `limit` seconds. To be closed.
 
     uvicorn's `send` returns at once while its buffer (64 KiB) has room, and waits when it is full.
+    One timer serves all pieces: most are gone before it is looked at.
     """
-    abort: Callable[[], None] | None = (scope.get("extensions") or {}).get(ABORT)
-    loop = asyncio.get_running_loop()
 
-    def cut() -> None:
-        log.warning("a client took nothing for %g s; its connection is cut", limit)
+    def __init__(self, scope: Scope, send: Send, limit: float) -> None:
+        self._scope, self._send, self._limit = scope, send, limit
+        self._loop = asyncio.get_running_loop()
+        self._timer: asyncio.TimerHandle | None = None
+        self._n_sending, self._since = 0, 0.0
+
+    async def __call__(self, message: Message) -> None:
+        if not self._n_sending:
+            self._since = self._loop.time()
+            if self._timer is None:
+                self._timer = self._loop.call_later(self._limit, self._look)
+        self._n_sending += 1
+        try:
+            await self._send(message)
+        finally:
+            self._n_sending -= 1
+
+    def close(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _look(self) -> None:
+        self._timer = None
+        if not self._n_sending:
+            return
+        left = self._since + self._limit - self._loop.time()
+        if left > 0:
+            self._timer = self._loop.call_later(left, self._look)
+            return
+        log.warning("a client took nothing for %g s; its connection is cut", self._limit)
+        _broke(self._scope, CLIENT_GONE, "client-reads-nothing")
+        abort = (self._scope.get("extensions") or {}).get(ABORT)
         if abort is not None:
             abort()
-
-    async def timed(message: Message) -> None:
-        timer = loop.call_later(limit, cut)
-        try:
-            await send(message)
-        finally:
-            timer.cancel()
-
-    return timed

@@ -1,6 +1,6 @@
 """The worker: a process of its own that holds the model, `python -m dsq.runtime.server.worker`.
 
-A crash of llama.cpp then ends this process and not the server. Frames come in through stdin and go
+A crash of the engine then ends this process and not the server. Frames come in through stdin and go
 out through the pipe that was stdout. When the server dies, stdin ends, and so does the worker.
 """
 
@@ -13,11 +13,56 @@ import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
 
 from dsq.errors import DsqError, InputError
+from dsq.runtime.server.backend import GenerateRequest, ModelInfo, Step
 from dsq.runtime.server.frames import FrameBuffer, Message, pack, pack_steps, read_request
-from dsq.runtime.server.llama_batch import LlamaSettings
-from dsq.runtime.server.loop import Loop
+
+if TYPE_CHECKING:
+    from dsq.runtime.server.loop import Counters
+
+
+_TELL_S = 0.1
+
+
+class WorkerLoop(Protocol):
+    """What runs in a worker: requests in, steps out; see `Loop` and `ExllamaLoop`."""
+
+    counters: Counters
+
+    @property
+    def info(self) -> ModelInfo: ...
+    @property
+    def idle(self) -> bool: ...
+    @property
+    def n_running(self) -> int: ...
+    @property
+    def n_waiting(self) -> int: ...
+    @property
+    def kv_used(self) -> int: ...
+    @property
+    def kv_size(self) -> int: ...
+    def submit(self, id: int, request: GenerateRequest) -> None: ...
+    def cancel(self, id: int) -> None: ...
+    def step(self) -> list[tuple[int, Step | DsqError]]: ...
+    def close(self) -> None: ...
+
+
+def open_loop(engine: str, settings: Message) -> WorkerLoop:
+    """Load the model. An engine's libraries are imported only here."""
+    if engine == "torch":
+        from dsq.runtime.server.torch_batch import TorchSettings, torch_loop
+
+        return torch_loop(TorchSettings(**settings))
+    if engine == "exllamav2":
+        from dsq.runtime.server.exllama_backend import ExllamaLoop, ExllamaSettings
+
+        return ExllamaLoop(ExllamaSettings(**settings))
+    from dsq.runtime.server.llama_batch import LlamaSettings
+    from dsq.runtime.server.loop import Loop
+
+    return Loop(LlamaSettings(**settings))
 
 
 class _Inbox:
@@ -40,9 +85,10 @@ class _Inbox:
 
 
 class _Worker:
-    def __init__(self, loop: Loop, inbox: _Inbox, out: int) -> None:
+    def __init__(self, loop: WorkerLoop, inbox: _Inbox, out: int) -> None:
         self._loop, self._inbox, self._out = loop, inbox, out
         self._memory = (0.0, 0)  # when it was read, bytes
+        self._told = 0.0  # when the stats were sent
 
     def run(self) -> None:
         """Until the server closes the pipe."""
@@ -53,7 +99,7 @@ class _Worker:
                 return
             if not self._loop.idle:
                 steps = self._loop.step()
-                _write(self._out, pack_steps(steps, self._stats()))
+                _write(self._out, pack_steps(steps, self._news(steps)))
 
     def _handle(self, message: Message, ids: list[int]) -> None:
         id: int = message["id"]
@@ -66,6 +112,15 @@ class _Worker:
         elif message["op"] == "cancel":
             self._loop.cancel(id)
             _write(self._out, pack_steps([], self._stats()))
+
+    def _news(self, steps: list[tuple[int, Step | DsqError]]) -> Message | None:
+        """The stats when a request begins or ends, else now and then: a step's frame is small."""
+        now = time.monotonic()
+        notable = any(isinstance(s, DsqError) or s.usage is not None for _, s in steps)
+        if not notable and now - self._told < _TELL_S:
+            return None
+        self._told = now
+        return self._stats()
 
     def _stats(self) -> Message:
         loop, now = self._loop, time.monotonic()
@@ -109,8 +164,9 @@ def main() -> None:
         frames = inbox.take(wait=True)
     if not frames:
         return
+    first = frames[0][0]
     try:
-        loop = Loop(LlamaSettings(**frames[0][0]["settings"]))
+        loop = open_loop(first["engine"], first["settings"])
     except DsqError as error:
         failed = {"op": "failed", "text": str(error), "input": isinstance(error, InputError)}
         _write(out, pack(failed))

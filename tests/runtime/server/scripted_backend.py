@@ -108,10 +108,13 @@ def pool_of(backend: ScriptedBackend, tokenizer: Tokenizer, name: str = "tiny") 
 
 @contextmanager
 def serving(
-    pool: ModelPool, limits: Limits | None = None, times: TimeLimits | None = None
+    pool: ModelPool,
+    limits: Limits | None = None,
+    times: TimeLimits | None = None,
+    drain_seconds: int = 5,
 ) -> Iterator[str]:
     """The base URL of a real server, in a thread."""
-    server = uvicorn.Server(uvicorn_config(build_app(pool, limits, times), drain_seconds=5))
+    server = uvicorn.Server(uvicorn_config(build_app(pool, limits, times), drain_seconds))
     with listen("127.0.0.1", 0) as where:
         thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[where])))
         thread.start()

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dsq.errors import InputError
-from dsq.runtime.server.infill import Extra, infill
+from dsq.runtime.server.infill import Extra, Surroundings, infill, with_files
 from dsq.tokenizer_port.tokenizer import Tokenizer
 from tests.tiny_gguf import BEGIN, BOS, END, HOLE, token_id
 
@@ -84,13 +84,52 @@ def test_markers_in_a_file_stay_text(tokenizer: Tokenizer) -> None:
     assert [i for i in found.ids if i in MARKERS] == MARKERS
 
 
-def test_other_files_stand_before_the_file_while_there_is_room(tokenizer: Tokenizer) -> None:
-    extra = [Extra("a.py", "first\n"), Extra("b.py", "second " * 100)]
-    found = infill(tokenizer, "x", "y", n_ctx=80, n_predict=0, extra=extra)
-    head = found.ids[1 : found.ids.index(token_id(BEGIN))]
-    assert tokenizer.decode(head) == "# a.py\nfirst\n\n"
-    assert found.dropped_extra_files == 1
+def test_other_files_stand_before_the_file_inside_the_prefix(tokenizer: Tokenizer) -> None:
+    extra = [Extra("a.go", "first\n"), Extra("", "second")]
+    around = Surroundings("main.py", extra)
+    found = infill(tokenizer, "x", "y", n_ctx=100, n_predict=0, around=around)
+    before, after = parts(found.ids, tokenizer)
+    assert before == "//a.go\nfirst\n\nsecond\n\n#main.py\nx"
+    assert after == "y"
     assert found.ids[0] == token_id(BOS)
+
+
+def test_the_last_extra_files_stay_as_in_llama_cpp(tokenizer: Tokenizer) -> None:
+    extra = [Extra("a.py", "first\n"), Extra("b.py", "word\n" * 60), Extra("c.py", "last\n")]
+    around = Surroundings(None, extra)
+    found = infill(tokenizer, "x", "y", n_ctx=160, n_predict=0, around=around)
+    before, _ = parts(found.ids, tokenizer)
+    assert before.startswith("#b.py\nword\n")
+    assert before.endswith("word\n#c.py\nlast\n\nx")
+    report = found.report()
+    assert (report["dropped_extra_files"], report["cut_extra_files"]) == (1, 1)
+
+
+@given(prefix=TEXT, suffix=TEXT, n_ctx=st.integers(16, 90), n_files=st.integers(0, 4), n=WORDS)
+def test_other_files_never_push_the_file_out(
+    tokenizer: Tokenizer, prefix: str, suffix: str, n_ctx: int, n_files: int, n: str
+) -> None:
+    extra = [Extra(f"{i}.py", n * 9) for i in range(n_files)]
+    around = Surroundings("m.py", extra)
+    found = infill(tokenizer, prefix, suffix, n_ctx=n_ctx, n_predict=5, around=around)
+    assert len(found.ids) <= max(n_ctx - 5, n_ctx // 2)
+    assert [i for i in found.ids if i in MARKERS] == MARKERS
+    whole = tokenizer.encode(prefix, add_bos=False), tokenizer.encode(suffix, add_bos=False)
+    n_file = sum(map(len, whole))
+    kept = n_file - found.dropped_prefix_tokens - found.dropped_suffix_tokens
+    room = max(n_ctx - 5, n_ctx // 2) - len(MARKERS)
+    others = len(found.ids) - len(MARKERS) - kept
+    assert 0 <= others <= max(room // 4, room - n_file)
+
+
+def test_a_prefix_alone_stands_behind_the_files_after_one_bos(tokenizer: Tokenizer) -> None:
+    ids, report = with_files(
+        tokenizer, "the", n_ctx=100, n_predict=5, around=Surroundings("m.py", [Extra("a.py", "x")])
+    )
+    assert ids[0] == token_id(BOS)
+    assert token_id(BOS) not in ids[1:]
+    assert tokenizer.decode(ids) == "#a.py\nx\n\n#m.py\nthe"
+    assert report["dropped_extra_files"] == 0
 
 
 def test_a_model_without_the_markers(tokenizer: Tokenizer) -> None:

@@ -95,6 +95,7 @@ PERSON = {
         ({"type": "array", "minItems": 2, "maxItems": 3}, [[1, {}], [1, 2, 3]], [[1], [1] * 4]),
         ({"type": "array", "maxItems": 0}, [[]], [[1]]),
         ({"type": "array", "prefixItems": [{"type": "null"}, {}]}, [[None, [1]]], [[None], [1, 2]]),
+        ({"items": [{"type": "null"}, {"type": "integer"}]}, [[None, 1]], [[None], [1, 2]]),  # old
         ({"type": "string", "minLength": 2, "maxLength": 3}, ["ab", "\n\té"], ["a", "abcd"]),
         ({"type": "string", "format": "date"}, ["2026-02-28"], ["2026-13-01", "x"]),
         ({"type": "string", "format": "date-time"}, ["2026-02-28T23:59:00Z"], ["2026-02-28"]),

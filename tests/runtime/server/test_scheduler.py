@@ -140,6 +140,7 @@ def test_every_request_gets_its_tokens_in_order_whatever_comes(
         kv_size=kv_size,
         n_batch=n_batch,
         min_shared=3,
+        min_copied=2,
     )
     server = _Server(scheduler, _Cache(kv_size), budget, guesses)
     asked: dict[int, tuple[list[int], int]] = {}

@@ -5,7 +5,8 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dsq.runtime.server.text_stream import StopFilter, TextStream
+from dsq.runtime.server.text_stream import TextStream
+from dsq.runtime.stop_filter import StopFilter
 from dsq.tokenizer_port.tokenizer import Tokenizer
 
 SHORT = st.text("ab\n", max_size=12)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -110,3 +111,24 @@ def test_the_playground_and_the_status(page: Any) -> None:
     assert page.input_value("#prefix") == "def" + WRITTEN
     page.locator("#memory", has_text="1 MiB").wait_for()
     assert page.inner_text("#rate") == "7.5"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [400, 780, 1280])
+def test_nothing_is_cut_off_at_any_width(page: Any, width: int, tmp_path: Path) -> None:
+    page.set_viewport_size({"width": width, "height": 800})
+    seen = {"chat": ("#chat-send", "#chat-new"), "playground": ("#fill", "#accept", "#stop")}
+    for view, buttons in seen.items():
+        page.click(f"#tab-{view}")
+        assert page.evaluate("document.documentElement.scrollWidth") == width
+        for found in (*buttons, "#model", "#options-button", "#memory"):
+            box = page.locator(found).bounding_box()
+            assert box["x"] >= 0
+            assert box["x"] + box["width"] <= width
+            assert box["y"] + box["height"] <= 800
+        page.screenshot(path=tmp_path / f"{view}.png")
+    boxes = [page.locator(f"#{name}").bounding_box() for name in ("prefix", "middle", "suffix")]
+    for above, below in pairwise(boxes):
+        apart = below["y"] - above["y"] - above["height"]
+        beside = below["x"] >= above["x"] + above["width"]
+        assert beside or apart >= 20  # a label's height

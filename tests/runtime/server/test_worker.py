@@ -32,7 +32,7 @@ from dsq.runtime.server.backend import (
     Usage,
     WorkerDied,
 )
-from dsq.runtime.server.client import LlamaBackend
+from dsq.runtime.server.client import WorkerBackend
 from dsq.runtime.server.frames import pack
 from dsq.runtime.server.llama_batch import LlamaSettings
 
@@ -45,12 +45,12 @@ def settings(tiny: Path) -> LlamaSettings:
     return LlamaSettings(str(tiny), n_ctx=256, kv_size=1024, n_threads=1)
 
 
-Test = Callable[[LlamaBackend], Awaitable[None]]
+Test = Callable[[WorkerBackend], Awaitable[None]]
 
 
 def _with_backend(settings: LlamaSettings, test: Test, **more: float) -> None:
     async def run() -> None:
-        backend = LlamaBackend(settings, **more)  # type: ignore[arg-type]
+        backend = WorkerBackend(settings, **more)  # type: ignore[arg-type]
         await backend.start()
         try:
             await asyncio.wait_for(test(backend), 150)
@@ -60,12 +60,12 @@ def _with_backend(settings: LlamaSettings, test: Test, **more: float) -> None:
     asyncio.run(run())
 
 
-def _stream(backend: LlamaBackend, prompt: Sequence[int], n: int) -> AsyncGenerator[Step, None]:
+def _stream(backend: WorkerBackend, prompt: Sequence[int], n: int) -> AsyncGenerator[Step, None]:
     return backend.generate(GenerateRequest(tuple(prompt), n))
 
 
 async def _ask(
-    backend: LlamaBackend, prompt: Sequence[int], n: int = 24
+    backend: WorkerBackend, prompt: Sequence[int], n: int = 24
 ) -> tuple[tuple[int, ...], Usage | None]:
     tokens: list[int] = []
     async for step in _stream(backend, prompt, n):
@@ -79,7 +79,7 @@ def _alone(engine: LlamaCppEngine, prompt: Sequence[int], n: int = 24) -> tuple[
 
 
 def test_many_at_once_get_each_its_own(settings: LlamaSettings, engine: LlamaCppEngine) -> None:
-    async def test(backend: LlamaBackend) -> None:
+    async def test(backend: WorkerBackend) -> None:
         checked: Backend = backend
         assert checked.healthy
         assert (checked.info.n_ctx, checked.info.n_vocab, checked.info.n_slots) == (256, 293, 4)
@@ -96,7 +96,7 @@ def test_many_at_once_get_each_its_own(settings: LlamaSettings, engine: LlamaCpp
 
 
 def test_a_second_request_joins_while_the_first_streams(settings: LlamaSettings) -> None:
-    async def test(backend: LlamaBackend) -> None:
+    async def test(backend: WorkerBackend) -> None:
         async with aclosing(_stream(backend, PROMPTS[0], LONG)) as first:
             n = len((await anext(first)).token_ids)
             short, _ = await _ask(backend, PROMPTS[1], 3)
@@ -109,7 +109,7 @@ def test_a_second_request_joins_while_the_first_streams(settings: LlamaSettings)
 
 
 def test_closing_the_stream_frees_the_only_slot(settings: LlamaSettings) -> None:
-    async def test(backend: LlamaBackend) -> None:
+    async def test(backend: WorkerBackend) -> None:
         for _ in range(3):
             async with aclosing(_stream(backend, PROMPTS[0], LONG)) as stream:
                 await anext(stream)
@@ -122,7 +122,7 @@ def test_closing_the_stream_frees_the_only_slot(settings: LlamaSettings) -> None
 
 
 def test_a_reader_that_is_slow_gets_all_in_few_steps(settings: LlamaSettings) -> None:
-    async def test(backend: LlamaBackend) -> None:
+    async def test(backend: WorkerBackend) -> None:
         async with aclosing(_stream(backend, PROMPTS[0], 50)) as stream:
             tokens = list((await anext(stream)).token_ids)
             await _ask(backend, PROMPTS[1], 100)  # meanwhile the other one is done
@@ -135,7 +135,7 @@ def test_a_reader_that_is_slow_gets_all_in_few_steps(settings: LlamaSettings) ->
 
 
 def test_the_same_beginning_is_cached(settings: LlamaSettings) -> None:
-    async def test(backend: LlamaBackend) -> None:
+    async def test(backend: WorkerBackend) -> None:
         _, before = await _ask(backend, PROMPTS[3])
         _, after = await _ask(backend, [*PROMPTS[3], 7, 8])
         assert before is not None
@@ -146,7 +146,7 @@ def test_the_same_beginning_is_cached(settings: LlamaSettings) -> None:
 
 
 def test_a_killed_worker_is_replaced(settings: LlamaSettings, engine: LlamaCppEngine) -> None:
-    async def test(backend: LlamaBackend) -> None:
+    async def test(backend: WorkerBackend) -> None:
         await _ask(backend, PROMPTS[1])
         async with aclosing(_stream(backend, PROMPTS[0], LONG)) as stream:
             await anext(stream)
@@ -172,7 +172,7 @@ def test_a_request_does_not_wait_forever_for_a_worker(
     model = tmp_path / "model.gguf"
     model.write_bytes(Path(settings.path).read_bytes())
 
-    async def test(backend: LlamaBackend) -> None:
+    async def test(backend: WorkerBackend) -> None:
         model.unlink()
         assert backend.worker_pid is not None
         os.kill(backend.worker_pid, signal.SIGKILL)
@@ -187,7 +187,7 @@ def test_a_request_does_not_wait_forever_for_a_worker(
 
 
 def test_a_full_queue_is_busy(settings: LlamaSettings) -> None:
-    async def test(backend: LlamaBackend) -> None:
+    async def test(backend: WorkerBackend) -> None:
         async with aclosing(_stream(backend, PROMPTS[0], LONG)) as running:
             await anext(running)
             waiting = asyncio.create_task(_ask(backend, PROMPTS[1], 3))
@@ -209,7 +209,7 @@ def test_many_clients_with_random_cancels(
     expected = [_alone(engine, p) for p in PROMPTS]
     counts: Counter[str] = Counter()
 
-    async def client(backend: LlamaBackend, end: float) -> None:
+    async def client(backend: WorkerBackend, end: float) -> None:
         while time.monotonic() < end:
             i, most = rng.randrange(len(PROMPTS)), rng.choice((1, 5, 24, 24, 24))
             tokens: list[int] = []
@@ -226,7 +226,7 @@ def test_many_clients_with_random_cancels(
             counts["whole" if len(tokens) == 24 else "cut"] += 1
             assert tuple(tokens) == expected[i][: len(tokens)]
 
-    async def test(backend: LlamaBackend) -> None:
+    async def test(backend: WorkerBackend) -> None:
         end = time.monotonic() + seconds
         await asyncio.gather(*(client(backend, end) for _ in range(64)))
         assert len((await _ask(backend, PROMPTS[0], 3))[0]) == 3
@@ -255,7 +255,7 @@ def test_memory_stays_flat_over_two_thousand_requests(settings: LlamaSettings) -
     """Short and long, plain and constrained, whole and cut."""
     rng = random.Random(0)
 
-    async def one(backend: LlamaBackend) -> None:
+    async def one(backend: WorkerBackend) -> None:
         prompt = tuple(rng.randrange(10, 290) for _ in range(rng.randrange(1, 100)))
         request = GenerateRequest(
             prompt,
@@ -269,14 +269,14 @@ def test_memory_stays_flat_over_two_thousand_requests(settings: LlamaSettings) -
                 if rng.random() < 0.03:
                     break
 
-    async def many(backend: LlamaBackend, n: int) -> int:
+    async def many(backend: WorkerBackend, n: int) -> int:
         for _ in range(n // 20):
             await asyncio.gather(*(one(backend) for _ in range(20)))
         await asyncio.sleep(1.1)  # the worker looks once a second
         await _ask(backend, [40], 3)
         return (await backend.stats()).memory_bytes
 
-    async def test(backend: LlamaBackend) -> None:
+    async def test(backend: WorkerBackend) -> None:
         before = await many(backend, 200)  # pools have their size then
         after = await many(backend, 2000)
         print(f"{before / 2**20:.1f} MiB, then {after / 2**20:.1f} MiB")
@@ -286,7 +286,7 @@ def test_memory_stays_flat_over_two_thousand_requests(settings: LlamaSettings) -
 
 
 def test_what_is_wrong_with_a_request_comes_at_the_first_step(settings: LlamaSettings) -> None:
-    async def test(backend: LlamaBackend) -> None:
+    async def test(backend: WorkerBackend) -> None:
         with pytest.raises(PromptTooLong) as caught:
             await _ask(backend, [40] * 300)
         assert (caught.value.n_prompt, caught.value.n_ctx) == (300, 256)
@@ -303,7 +303,7 @@ def test_a_model_that_cannot_be_loaded(settings: LlamaSettings, tmp_path: Path) 
     broken.write_bytes(b"GGUF" + bytes(100))
 
     async def run() -> None:
-        backend = LlamaBackend(replace(settings, path=str(broken)))
+        backend = WorkerBackend(replace(settings, path=str(broken)))
         with pytest.raises(InputError, match=r"broken\.gguf: llama\.cpp cannot load it"):
             await backend.start()
         await backend.close()
@@ -313,7 +313,7 @@ def test_a_model_that_cannot_be_loaded(settings: LlamaSettings, tmp_path: Path) 
 
 def test_closing_ends_requests_and_the_process(settings: LlamaSettings) -> None:
     async def run() -> None:
-        backend = LlamaBackend(settings)
+        backend = WorkerBackend(settings)
         await backend.start()
         pid = backend.worker_pid
         assert pid is not None
@@ -337,7 +337,7 @@ def test_the_worker_ends_when_its_server_does(settings: LlamaSettings) -> None:
     with subprocess.Popen(command, stdin=pipe, stdout=pipe) as worker:
         assert worker.stdin is not None
         assert worker.stdout is not None
-        worker.stdin.write(pack({"settings": vars(settings)}))
+        worker.stdin.write(pack({"engine": "llama.cpp", "settings": vars(settings)}))
         worker.stdin.flush()
         assert worker.stdout.read(8)  # it is ready: signals are in place
         worker.send_signal(signal.SIGTERM)
