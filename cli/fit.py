@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,7 @@ DESCRIPTION = (
 )
 EXAMPLE = "dsq fit deepseek-coder-6.7b --vram 8GiB --ctx 16384"
 _DEFAULT_CTX = 16384
+_MOST_BYTES = 64 << 40
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--vram", type=_vram, metavar="8GiB", help="the card's; 0 for none (default: what is free)"
     )
-    parser.add_argument("--ram", type=common.size, metavar="16GiB", help="default: what is free")
+    parser.add_argument("--ram", type=_size, metavar="16GiB", help="default: what is free")
     parser.add_argument(
         "-c", "--ctx", "--ctx-size", type=common.positive, metavar="N", help="default: 16384"
     )
@@ -54,7 +56,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _vram(text: str) -> int:
     """argparse type: a size, or 0 for no card."""
-    return 0 if text.strip() == "0" else common.size(text)
+    return 0 if re.fullmatch(r"0+([.]0*)?\s*([KMGT]?i?B?)", text.strip(), re.I) else _size(text)
+
+
+def _size(text: str) -> int:
+    """argparse type: a size that a machine can have."""
+    n_bytes = common.size(text)
+    if n_bytes > _MOST_BYTES:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is more than {_MOST_BYTES >> 40} TiB; write what the machine has, as 16GiB"
+        )
+    return n_bytes
 
 
 def _bandwidth(text: str) -> float:
@@ -89,7 +101,7 @@ class _Plan:
 def run(args: argparse.Namespace) -> int:
     from dsq.convert.model_shapes import SHAPES
 
-    limits = _limits(args)
+    limits, note = _limits(args)
     plans = [_plan(name, args, limits) for name in ([args.model] if args.model else SHAPES)]
     if args.json:
         common.print_json(
@@ -104,12 +116,13 @@ def run(args: argparse.Namespace) -> int:
             }
         )
     else:
-        _print(plans, limits)
+        _print(plans, limits, note)
     return 0
 
 
-def _limits(args: argparse.Namespace) -> Limits:
-    """What is asked for, else what is free on this machine."""
+def _limits(args: argparse.Namespace) -> tuple[Limits, str]:
+    """What is asked for, else what is free on this machine; and what to know of a measurement."""
+    from dsq.quant.threads import default_threads, free_cores
     from dsq.runtime import bandwidth, devices
     from dsq.runtime.fit import Limits
 
@@ -125,12 +138,14 @@ def _limits(args: argparse.Namespace) -> Limits:
     if on_card is None and card is not None:
         on_card = card.bandwidth
     in_ram = args.ram_bandwidth or (None if vram else args.bandwidth)
-    return Limits(
+    busy = in_ram is None and free_cores() < default_threads()
+    limits = Limits(
         ram=devices.available_memory() if args.ram is None else args.ram,
         vram=vram,
         ram_bandwidth=in_ram or bandwidth.memory_bandwidth(),
         vram_bandwidth=on_card if vram else None,
     )
+    return limits, " (measured on a busy machine: idle it is faster)" if busy else ""
 
 
 def _plan(name: str, args: argparse.Namespace, limits: Limits) -> _Plan:
@@ -206,58 +221,72 @@ def _rows_of(
     return plan_presets(spec, planned, limits, n_ctx, header=header, kv_type=args.kv_type)
 
 
-def _print(plans: Sequence[_Plan], limits: Limits) -> None:
+def _print(plans: Sequence[_Plan], limits: Limits, note: str) -> None:
     """One model: all rows. Several: the recommended row of each."""
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(box=None, pad_edge=False, header_style="bold")
     several = len(plans) > 1
+    shown = [
+        (plan, row)
+        for plan in plans
+        for row in ([plan.chosen or plan.rows[-1]] if several else plan.rows)
+    ]
+    known = any(row.placement and row.placement.tokens_per_s for _, row in shown)
+    table = Table(box=None, pad_edge=False, header_style="bold")
     for head in (*(("model",) if several else ()), "type"):
         table.add_column(head, no_wrap=True)
-    for head in ("file", "KV", "cache", "card", "layers", "memory", "tokens/s"):
+    on_card = ("on card", "layers") if limits.vram else ()
+    heads = ("file", "KV type", "KV cache", *on_card, "in memory")
+    for head in (*heads, *(("tokens/s",) if known else ())):
         table.add_column(head, justify="right", no_wrap=True)
     table.add_column("")
-    for plan in plans:
-        for row in [plan.chosen] if several and plan.chosen else plan.rows[-1 if several else 0 :]:
-            mark = "" if several else "← recommended" if row is plan.chosen else row.lacks
-            cells = _cells(row)
-            if row.placement is None and several:
-                mark = row.lacks
-            table.add_row(*((plan.model,) if several else ()), *cells, mark)
+    for plan, row in shown:
+        mark = row.lacks.partition(",")[0]  # what is there stands above the table
+        if row is plan.chosen and not several:
+            mark = "← recommended"
+        cells = _cells(row, card=bool(limits.vram), speed=known)
+        table.add_row(*((plan.model,) if several else ()), *cells, mark)
     console = Console(highlight=False, width=None if Console().is_terminal else 120)
+
+    def say(text: str) -> None:
+        console.print(text, soft_wrap=True, markup=False)
+
     card = f", card {common.human(limits.vram)}" if limits.vram else ", no card"
-    about = f"memory {common.human(limits.ram)}{_rate(limits.ram_bandwidth)}{card}"
+    about = f"memory {common.human(limits.ram)}{_rate(limits.ram_bandwidth)}{note}{card}"
     if limits.vram:
         about += _rate(limits.vram_bandwidth)
     name = "" if several else f"{plans[0].model}: "
-    console.print(f"{name}context {plans[0].n_ctx:,}; {about}")
+    say(f"{name}context {plans[0].n_ctx:,}; {about}")
     console.print(table)
     for plan in plans:
         start = f"{plan.model}: " if several else ""
         found = plan.chosen.preset if plan.chosen else "nothing fits"
-        console.print(f"{start}{found}: {plan.why}")
-    console.print("tokens/s: what bandwidth allows at most, with an empty and with a full cache")
+        say(f"{start}{found}: {plan.why}")
+    if known:
+        say("tokens/s: what bandwidth allows at most, with an empty → with a full cache")
+    else:
+        say("tokens/s: not known without the card's bandwidth; give --card NAME or --bandwidth")
 
 
 def _rate(bandwidth: float | None) -> str:
     return "" if bandwidth is None else f" at {bandwidth / 1e9:,.0f} GB/s"
 
 
-def _cells(row: Row) -> list[str]:
+def _cells(row: Row, *, card: bool, speed: bool) -> list[str]:
     at = row.placement
     file = common.human(row.file)
     if at is None:
-        return [row.preset, file, *(["–"] * 6)]
+        return [row.preset, file, *(["–"] * (3 + 2 * card + speed))]
+    layers = "all" if at.on_card else f"{at.n_gpu_layers} of {at.n_layer + 1}"
     return [
         row.preset,
         file,
         at.kv_type,
         common.human(at.kv_cache),
-        common.human(at.vram) if at.vram else "–",
-        "all" if at.on_card else str(at.n_gpu_layers),
+        *([common.human(at.vram) if at.vram else "–", layers] if card else []),
         common.human(at.ram),
-        f"{_speed(at.tokens_per_s)} → {_speed(at.tokens_per_s_full)}",
+        *([f"{_speed(at.tokens_per_s)} → {_speed(at.tokens_per_s_full)}"] if speed else []),
     ]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -12,7 +13,9 @@ from dsq.errors import InputError
 from dsq.quant.threads import default_threads
 
 _BYTES = 256 << 20  # beyond a processor's caches
-_PASSES = 8
+_MOST_SECONDS = 1.5
+_AGREE = 5  # passes within _SPREAD of the best: nothing else uses the memory now
+_SPREAD = 0.03
 
 
 @dataclass(frozen=True)
@@ -76,10 +79,11 @@ def card(name: str) -> Card:
 
 @functools.cache
 def memory_bandwidth(n_threads: int | None = None) -> float:
-    """Bytes per second that this machine reads with `n_threads`, measured in a quarter second.
+    """Bytes per second that this machine reads with `n_threads`, measured once a process.
 
     memchr goes through memory as fast as any code does, and ctypes lets the threads run at once.
-    The best of some passes: others' work only slows one down. Measured once a process.
+    Others' work only slows a pass down: the best counts, and passes go on until some agree with it
+    (a quarter second on an idle machine) or the time is over.
     """
     import numpy as np
 
@@ -100,10 +104,16 @@ def memory_bandwidth(n_threads: int | None = None) -> float:
     def read(start: int) -> None:
         memchr(start, 2, part)  # a byte that is not there
 
-    best = 0.0
+    rates: list[float] = []
+    end = time.perf_counter() + _MOST_SECONDS
     with ThreadPoolExecutor(threads) as pool:
-        for _ in range(_PASSES):
+        while not _steady(rates) and time.perf_counter() < end:
             begin = time.perf_counter()
             list(pool.map(read, starts))
-            best = max(best, part * threads / (time.perf_counter() - begin))
-    return best
+            rates.append(part * threads / (time.perf_counter() - begin))
+    return max(rates)
+
+
+def _steady(rates: Sequence[float]) -> bool:
+    """Whether enough passes were as fast as the fastest."""
+    return sum(rate >= max(rates) * (1 - _SPREAD) for rate in rates) >= _AGREE

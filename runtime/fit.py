@@ -352,17 +352,17 @@ def recommend(rows: Sequence[Row], limits: Limits) -> tuple[Row | None, str]:
     where = "in memory" if not limits.vram else "with a part on the card"
     usual = next((row for row, _ in placed if row.preset not in FINE_PRESETS), placed[-1][0])
     if any(at.tokens_per_s_full is None for _, at in placed):
-        why = f"the usual choice {where}; its speed is not known: give --bandwidth"
-        return usual, why + _cache(usual)
+        why = f"the usual choice {where}{_cache(usual)}; its speed is not known"
+        return usual, f"{why}: give --card or --bandwidth"
     readable = [row for row, at in placed if (at.tokens_per_s_full or 0) >= READING_SPEED]
     if readable:
-        why = f"the finest {where} that gives {READING_SPEED:g} tokens/s with a full cache"
-        return readable[0], why + _cache(readable[0])
-    why = f"the usual choice {where}; no type gives {READING_SPEED:g} tokens/s with a full cache"
-    return usual, why + _cache(usual)
+        why = f"the finest {where}{_cache(readable[0])} that gives {READING_SPEED:g} tokens/s"
+        return readable[0], f"{why} when the context is full"
+    why = f"the usual choice {where}{_cache(usual)}; no type gives {READING_SPEED:g} tokens/s"
+    return usual, f"{why} when the context is full"
 
 
 def _cache(row: Row) -> str:
     at = row.placement
     assert at is not None, "a row that was chosen is placed"
-    return "" if at.kv_type == "f16" else f", with a {at.kv_type} cache"
+    return "" if at.kv_type == "f16" else f" with a {at.kv_type} cache"

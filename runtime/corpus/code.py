@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import posixpath
-import re
 from collections.abc import Iterator, Sequence
 from functools import partial
-from pathlib import Path
 
 from dsq.runtime.corpus import licences, quality
 from dsq.runtime.corpus.sources import Document, Entry, Gate, Unit, digest, seeded
 from dsq.runtime.repo.dependencies import PathIndex, dependency_order
 from dsq.runtime.repo.files import Repository, SkippedFile, SourceFile, read_source
+from dsq.runtime.repo.index import path_index
 from dsq.runtime.repo.languages import path_comment, refine
 from dsq.runtime.repo.syntax import imports
 
 # A repository up to this size is read and ordered whole, a larger one folder by folder. It is many
 # windows long; and a unit gives only its turn, so that more would be read for nothing.
 SHARD_BYTES = 256 << 10
-
-_GO_MODULE = re.compile(r"^module\s+(\S+)", re.MULTILINE)
 
 
 def units(repository: Repository, group: str, seed: int) -> Iterator[Unit]:
@@ -39,28 +35,6 @@ def units(repository: Repository, group: str, seed: int) -> Iterator[Unit]:
 def shards(files: Sequence[SourceFile], limit: int) -> list[list[SourceFile]]:
     """Parts of at most `limit` bytes, each of neighbouring folders. Sorted paths in and out."""
     return _merge(_split(list(files), 0, limit), limit) if files else []
-
-
-def path_index(root: Path, paths: Sequence[str]) -> PathIndex:
-    """An index of these files, with the Go modules that their folders declare."""
-    modules = {}
-    inner = {posixpath.dirname(path) for path in paths if path.endswith(".go")}
-    for folder in {outer for start in inner for outer in _up(start)}:
-        try:
-            text = (root / folder / "go.mod").read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError):
-            continue
-        match = _GO_MODULE.search(text)
-        if match:
-            modules[folder] = match.group(1)
-    return PathIndex(paths, modules)
-
-
-def _up(folder: str) -> Iterator[str]:
-    yield folder
-    while folder:
-        folder = posixpath.dirname(folder)
-        yield folder
 
 
 def _split(files: list[SourceFile], depth: int, limit: int) -> list[list[SourceFile]]:

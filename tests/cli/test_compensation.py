@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 
 from dsq.cli.main import main
 from dsq.convert.gguf.reader import read_gguf
+from dsq.runtime.calibration.workdir import WorkDir
 from tests.models import ROOT, llama_config, write_hf
+from tests.runtime.changed import changed
 from tests.runtime.dying import die
 
 pytestmark = pytest.mark.torch
@@ -128,6 +131,30 @@ def test_killed_and_run_again(model, tmp_path, capsys) -> None:
     assert report["compensation"]["resumed_layers"] == 0  # killed in the first
     assert out.read_bytes() == whole.read_bytes()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.gguf", "whole.gguf"]
+
+
+def test_an_unfinished_distillation_is_not_mixed_with_another(
+    model, tmp_path, capsys, monkeypatch
+) -> None:
+    """Not with one of other weights either, be they in the last row."""
+
+    def interrupted(*args: object, **named: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("dsq.runtime.fidelity.distill.distill", interrupted)
+    source = tmp_path / "source"
+    shutil.copytree(model, source)
+    command = ["quantize", "q4_0", str(source), "-o", str(tmp_path / "out.gguf"), "--distill"]
+    text = ["--calibrate", "--ctx", "64", "--tokens", "512", "--text", str(TEXT), "-t", "1"]
+    assert main([*command, "512", *text]) == 130
+    assert main([*command, "448", *text]) == 2
+    changed(model, source, "model.layers.1.mlp.up_proj.weight", 0.5)
+    assert main([*command, "512", *text]) == 2
+    refused = "out.gguf.partial holds an unfinished run with other settings"
+    assert capsys.readouterr().err.count(refused) == 2
+    with WorkDir(tmp_path / "b.gguf", ""):
+        assert main([*command[:-2], str(tmp_path / "b.gguf"), "--distill", "512", *text]) == 2
+    assert "b.gguf is being written by another run" in capsys.readouterr().err
 
 
 def test_a_dry_run_calibrates_nothing(model, tmp_path, capsys) -> None:

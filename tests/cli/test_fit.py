@@ -50,6 +50,27 @@ def test_one_size_as_a_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert "at 1,008 GB/s" in out
 
 
+def test_columns_are_those_that_say_something(capsys: pytest.CaptureFixture[str]) -> None:
+    def table(*args: str) -> tuple[list[str], str]:
+        assert main(["fit", "6.7b", "--ram", "16GiB", "--ram-bandwidth", "40", *args]) == 0
+        out = capsys.readouterr().out
+        assert "?" not in out
+        return [" ".join(line.split()) for line in out.splitlines()], out
+
+    lines, _ = table("--vram", "0")
+    assert lines[1] == "type file KV type KV cache in memory tokens/s"
+    lines, out = table("--vram", "8GiB")
+    assert lines[1] == "type file KV type KV cache on card layers in memory"
+    assert "give --card NAME or --bandwidth" in out
+    lines, _ = table("--vram", "3GiB", "--bandwidth", "504")
+    assert lines[1] == "type file KV type KV cache on card layers in memory tokens/s"
+    assert any(" of 33 " in line for line in lines)
+    assert main(["fit", "33b", "--ram", "1GiB", "--ram-bandwidth", "40", "--vram", "0"]) == 0
+    out = capsys.readouterr().out
+    assert "nothing fits" in out
+    assert max(map(len, out.splitlines())) <= 100
+
+
 def test_a_quantized_file_is_one_row(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     source = write_tiny_gguf(tmp_path / "a.gguf", n_embd=256, n_ff=512)
     small = tmp_path / "b.gguf"
@@ -67,6 +88,9 @@ def test_a_quantized_file_is_one_row(capsys: pytest.CaptureFixture[str], tmp_pat
 def test_errors_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert "16384" in error(capsys, "fit", "6.7b", *GIVEN, "-c", "20000")
     assert "no bandwidth" in error(capsys, "fit", "6.7b", "--bandwidth", "fast")
+    for size in ("-1", "1e30", "nan", "9999999T", "0.001"):
+        for flag in ("--vram", "--ram"):
+            assert f"argument {flag}: {size!r}" in error(capsys, "fit", "6.7b", f"{flag}={size}")
     assert "rtx-4090" in error(capsys, "fit", "6.7b", "--card", "abacus")
     both = ["--ram-bandwidth", "3", "--bandwidth", "3", "--vram", "0"]
     assert "give one" in error(capsys, "fit", "6.7b", *both)

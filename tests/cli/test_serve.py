@@ -20,7 +20,8 @@ import pytest
 from dsq.cli.main import main
 from dsq.runtime.complete import complete
 from dsq.runtime.llamacpp import LlamaCppEngine
-from tests.tiny_gguf import write_tiny_gguf
+from tests.packed_models import write_gptq
+from tests.tiny_gguf import write_tiny_gguf, write_tiny_hf
 
 
 @pytest.fixture(scope="module")
@@ -29,8 +30,8 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @contextmanager
-def served(*args: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """The process and its URL, once it says that it listens."""
+def served(*args: str, says: str = "") -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """The process and its URL, once it says that it listens, and `says` on the same line."""
     process = subprocess.Popen(
         [sys.executable, "-m", "dsq.cli.main", "serve", *args, "--port", "0", "-t", "1"],
         stdout=subprocess.PIPE,
@@ -42,6 +43,7 @@ def served(*args: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
         assert process.stdout is not None
         line = process.stdout.readline()
         assert " on http://" in line, process.communicate()
+        assert says in line
         yield process, line.split()[-1]
     finally:
         process.kill()
@@ -151,7 +153,7 @@ def test_a_folder_of_models(tiny: Path, tmp_path: Path) -> None:
         (["--host", "0.0.0.0"], "give --api-key"),
         (["--api-key", "short"], "shorter than 8"),
         (["--port", "70000"], "no port"),
-        (["--engine", "vllm"], "has no vllm engine yet"),
+        (["--engine", "torch"], "--engine torch: runs GPTQ directory and EXL2 directory and Hug"),
         (["--engine", "x"], "no such engine; give auto or llama.cpp"),
         (["-ngl", "all"], "built without a GPU"),
         (["-c", "100000"], "was trained on 512 tokens"),
@@ -162,6 +164,63 @@ def test_what_is_refused_before_a_model_is_loaded(
 ) -> None:
     assert main(["serve", str(tiny), *args]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--engine", "llama.cpp"], "llama.cpp: runs GGUF and GPTQ directory and EXL2 directory"),
+        (["--engine", "exllamav2"], "exllamav2: runs EXL2 directory and GPTQ directory, and hf is"),
+        (["-ngl", "3"], "-ngl 3: layers are counted by llama.cpp alone"),
+        (["--draft", "TINY"], "draft models run in llama.cpp alone"),
+        (["--kv-type", "q8_0"], "--kv-type q8_0: torch keeps its cache in the type that it comp"),
+        (["-c", "100000"], "was trained on 512 tokens"),
+    ],
+)
+def test_what_a_directory_is_refused(
+    tiny: Path, tmp_path: Path, args: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = [str(tiny) if arg == "TINY" else arg for arg in args]
+    assert main(["serve", str(write_tiny_hf(tmp_path / "hf")), *args]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_gptq_directory_is_repacked_and_says_what_was_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DSQ_CACHE", str(tmp_path / "cache"))
+    write_gptq(tmp_path / "packed", desc_act=True)  # scattered groups have no exact GGUF
+    with served(str(tmp_path / "packed"), "-c", "128") as (process, url):
+        answer = httpx.post(f"{url}/v1/completions", json={"prompt": "x", "max_tokens": 3}).json()
+        assert answer["model"] == "packed"
+        assert answer["usage"]["completion_tokens"] == 3
+        process.terminate()
+        assert process.wait(20) == 0
+        assert process.stderr is not None
+        said = process.stderr.read()
+    assert "repacking" in said
+    assert "packed runs as a GGUF that is not lossless: 12 of 14 matrices were rounded" in said
+
+
+def test_a_draft_model_changes_no_answer(tiny: Path, url: str) -> None:
+    asked = {"prompt": "def f(self):", "max_tokens": 40, "temperature": 0, "lookup": False}
+    with served(str(tiny), "-c", "256", "--draft", str(tiny)) as (_, drafting):
+        found, wanted = (httpx.post(f"{u}/v1/completions", json=asked) for u in (drafting, url))
+    assert found.json()["choices"][0]["text"] == wanted.json()["choices"][0]["text"]
+
+
+@pytest.mark.torch
+def test_a_directory_is_served_by_torch(tiny: Path, url: str, tmp_path: Path) -> None:
+    """The same model as GGUF in llama.cpp and as directory in torch: the same text."""
+    asked = {"prompt": "def f(self):", "max_tokens": 16, "temperature": 0}
+    with served(str(write_tiny_hf(tmp_path / "hf")), "-c", "256", says="directory: torch") as (
+        _,
+        torch_url,
+    ):
+        ours = httpx.post(f"{torch_url}/v1/completions", json=asked, timeout=60).json()
+    theirs = httpx.post(f"{url}/v1/completions", json=asked).json()
+    assert ours["choices"][0]["text"] == theirs["choices"][0]["text"]
+    assert ours["model"] == "hf"
 
 
 def test_a_port_that_is_taken(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:

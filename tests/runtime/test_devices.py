@@ -28,21 +28,43 @@ def test_features_that_are_off_are_left_out() -> None:
 
 
 def test_what_is_missing_has_a_command(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(devices, "_version", lambda package: None)
+    monkeypatch.setattr(devices, "installed_version", lambda package: None)
+    monkeypatch.setenv("PATH", "")
     for state in engines():
         assert not state.installed
-        assert str(state.install).startswith("pip install ")
+        assert "pip install " in str(state.install)
 
 
 def test_an_engine_that_does_not_import_is_no_crash(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(name: str) -> object:
         raise ImportError(f"{name}: libcudart.so.12:\ncannot open shared object file")
 
-    monkeypatch.setattr(devices, "_version", lambda package: "9.9")
+    monkeypatch.setattr(devices, "installed_version", lambda package: "9.9")
     monkeypatch.setattr(devices.importlib, "import_module", broken)
     state = next(e for e in engines() if e.name == "torch")
     assert "does not import: torch: libcudart.so.12: cannot" in state.sees
     assert "force-reinstall" in str(state.install)
+
+
+def test_engines_on_cards(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """exllamav2 is not imported (that compiles its extension), and vLLM has its own environment."""
+    (tmp_path / "vllm").write_text("#!/bin/sh\n")
+    (tmp_path / "vllm").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    there = {"exllamav2": "0.3.2", "flash-attn": "2.8"}
+    monkeypatch.setattr(devices, "installed_version", there.get)
+    card = devices.GraphicsCard("NVIDIA H100", 80 << 30, 79 << 30)
+    for found, sees in (([card], "NVIDIA H100"), ([], "no CUDA card")):
+        monkeypatch.setattr(devices, "cards", lambda found=found: found)
+        states = {e.name: e for e in engines()}
+        assert states["exllamav2"].sees == sees
+        assert states["vllm"].sees == f"{tmp_path / 'vllm'}; {sees}"
+        for name in ("exllamav2", "vllm"):
+            assert (states[name].gpu, states[name].install) == (bool(found), None)
+    del there["flash-attn"]
+    states = {e.name: e for e in engines()}
+    assert "lacks flash-attn" in states["exllamav2"].sees
+    assert states["exllamav2"].install == "pip install flash-attn"
 
 
 def test_cards_as_nvidia_smi_prints_them() -> None:

@@ -22,7 +22,7 @@ from dsq.errors import InputError
 from dsq.quant.plan import PlanTensor
 from dsq.quant.presets import PRESETS
 from dsq.quant.scheme import F32
-from dsq.runtime import fit
+from dsq.runtime import bandwidth, fit
 from dsq.runtime.bandwidth import CARDS, card, memory_bandwidth
 from dsq.runtime.fit import FIT_PRESETS, Limits, place, plan_presets, recommend, weights_of
 from tests.models import llama_config, write_hf
@@ -267,3 +267,9 @@ def test_memory_bandwidth_is_of_this_world() -> None:
     found = memory_bandwidth(1)
     assert 1e8 < found < 2e12
     assert memory_bandwidth(1) == found  # measured once
+
+
+def test_a_measurement_goes_on_until_passes_agree() -> None:
+    assert not bandwidth._steady([])
+    assert not bandwidth._steady([5, 5, 5, 5, 5, 9])  # the fast one shows that the others were held
+    assert bandwidth._steady([2, 9, 8.9, 8.8, 3, 9, 8.95])

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import errno
+import itertools
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from dsq.convert.atomic import os_error
+from dsq.convert.atomic import DiskError, check_target, os_error
 from dsq.errors import InputError
 from dsq.runtime.calibration.workdir import WorkDir, settings_hash
+from tests.killed import Killed, killed_at
 from tests.runtime.dying import die
 
 
@@ -78,7 +81,8 @@ def test_killed_in_a_step_that_has_steps_of_its_own(tmp_path: Path) -> None:
     ids=["input", "disk", "bare", "interrupt"],
 )
 def test_what_may_succeed_later_is_kept(tmp_path: Path, error: Exception, kept: bool) -> None:
-    with pytest.raises(type(error)), WorkDir(tmp_path / "out", "s") as work:
+    raised = DiskError if isinstance(error, OSError) else type(error)
+    with pytest.raises(raised), WorkDir(tmp_path / "out", "s") as work:
         work.save(1)
         raise error
     assert names(tmp_path) == ({"out.partial"} if kept else set())
@@ -118,6 +122,107 @@ def test_killed_while_it_cleans_up(tmp_path: Path) -> None:
     assert out.read_text() == "data"
     with WorkDir(out, "other settings") as work:
         assert (work.done, names(work.path)) == (0, {"lock"})
+
+
+def write_two(out: Path, calls: list[str], *, force: bool = False) -> None:
+    """A long run with a costly step and two outputs."""
+    outs = {"first": out, "second": out.with_name("beside")}
+    force = force or WorkDir.owns(out)
+    for path in outs.values():
+        check_target(path, force=force)
+    with WorkDir(out, "settings") as work:
+        work.once("costly", lambda: calls.append("costly"))
+        calls.append("kept")
+        for name in outs:
+            (work.path / name).write_text(f"new {name}")
+        work.finish_all(outs)
+
+
+def kept(out: Path) -> bool:
+    """Whether the costly step's result is there for the next run."""
+    state = out.with_name("out.partial") / "state.json"
+    return state.exists() and "costly" in json.loads(state.read_text())["results"]
+
+
+def contents(out: Path) -> list[str | None]:
+    paths = [out, out.with_name("beside")]
+    return [path.read_text() if path.exists() else None for path in paths]
+
+
+NEW = ["new first", "new second"]
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_killed_at_any_operation_and_run_again(tmp_path: Path, force: bool) -> None:
+    """What was done is lost only when all outputs have their names; none is ever half there."""
+    for n in itertools.count():
+        out, calls = tmp_path / str(n) / "out", []
+        out.parent.mkdir()
+        if force:
+            out.write_text("old")
+            out.with_name("beside").write_text("old")
+        try:
+            with killed_at(n):
+                write_two(out, calls, force=force)
+        except Killed:
+            pass
+        else:
+            break
+        before = contents(out)
+        assert all(a in ("old" if force else None, b) for a, b in zip(before, NEW, strict=True))
+        was_kept = kept(out)
+        assert was_kept or "kept" not in calls or before == NEW
+        if before == NEW and not was_kept and not force:
+            with pytest.raises(InputError, match="exists; give another output, or --force"):
+                write_two(out, calls)
+        else:
+            write_two(out, calls, force=force)
+            assert names(out.parent) == {"out", "beside"}
+        assert contents(out) == NEW
+        if was_kept:
+            assert calls.count("costly") == 1
+    assert n > 20
+
+
+def test_killed_at_any_operation_of_the_second_run(tmp_path: Path) -> None:
+    """The first had just named one of two outputs, which the second takes back."""
+    for n in itertools.count():
+        out, calls = tmp_path / str(n) / "out", []
+        out.parent.mkdir()
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(WorkDir, "_clear", interrupted)
+            write_two(out, calls)
+        assert contents(out) == NEW
+        try:
+            with killed_at(n):
+                write_two(out, calls)
+        except Killed:
+            if kept(out):
+                write_two(out, calls)
+        else:
+            break
+        assert contents(out) == NEW
+        assert calls.count("costly") == 1
+    assert n > 10
+
+
+def interrupted(work: WorkDir) -> None:
+    raise KeyboardInterrupt
+
+
+def test_an_output_that_the_user_has_replaced_is_not_taken_back(tmp_path: Path) -> None:
+    out, calls = tmp_path / "out", []
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(WorkDir, "_clear", interrupted)
+        write_two(out, calls)
+    out.unlink()
+    out.write_text("mine")
+    with pytest.raises(InputError, match="exists; give another output, or --force"):
+        write_two(out, calls)
+    assert out.read_text() == "mine"
+    write_two(out, calls, force=True)  # from the beginning
+    assert (contents(out), calls.count("costly")) == (NEW, 2)
+    assert names(tmp_path) == {"out", "beside"}
 
 
 def test_settings_differ_by_any_part() -> None:
