@@ -7,7 +7,7 @@ through in the backward pass (Bengio et al., arXiv 1308.3432).
 
 With value = scale · level - minimum, the gradients of the changes a, b in scale · (1 + a) and
 minimum · (1 + b) are Σ G · scale · level and -Σ G · minimum over the run. Only packed bytes are
-kept between the passes: the weights are unpacked again, by ggml.
+kept between the steps.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from dsq.quant.scheme import GgmlType
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+_PRODUCT = 1 << 16  # weights
 
 
 class Tunable:
@@ -61,17 +63,21 @@ class Tunable:
             minimum = _changed(self._minimum, self.minimum)
         return with_scales(self._grid, self._data, scale, minimum)
 
-    def gradients(self, packed: U8Array, by_weight: Tensor) -> list[Tensor]:
-        """What `parameters` get of ∂L/∂weight (n_out, n_in), the weights being `packed`."""
+    def gradients(self, packed: U8Array, weight: Tensor, by_weight: Tensor) -> list[Tensor]:
+        """What `parameters` get of ∂L/∂weight; `weight` (n_out, n_in) is what `packed` holds."""
         import torch
 
-        values = self.dequantized(packed)
         run = self._grid.run
-        _, minimum = self._grid.unpack(packed)
-        by_scale = (by_weight * values).reshape(-1, run).sum(1)
-        if minimum is None:
+        # Some rows at a time: a product that is as large as the matrix would leave the cache.
+        size = max(1, _PRODUCT // self.n_in)
+        parts = [slice(i, i + size) for i in range(0, len(weight), size)]
+        by_scale = torch.cat(
+            [(by_weight[part] * weight[part]).reshape(-1, run).sum(1) for part in parts]
+        )
+        if self.minimum is None:
             return [by_scale.reshape(self.scale.shape)]
-        m = torch.from_numpy(minimum.reshape(-1)).to(self.device)
+        _, minimum = self._grid.unpack(packed)
+        m = torch.from_numpy(np.asarray(minimum).reshape(-1)).to(self.device)
         by_minimum = by_weight.reshape(-1, run).sum(1) * m
         # values hold - minimum: what is left of it must not count for the scale.
         by_scale = by_scale + by_minimum
@@ -103,11 +109,13 @@ def _function() -> Any:
             @staticmethod
             def forward(ctx: Any, tensor: Tunable, *parameters: Tensor) -> Tensor:
                 ctx.tensor, ctx.packed = tensor, tensor.packed()
-                return tensor.dequantized(ctx.packed)
+                weight = tensor.dequantized(ctx.packed)
+                ctx.save_for_backward(weight)  # which the product that reads it keeps anyway
+                return weight
 
             @staticmethod
             def backward(ctx: Any, *by_weight: Tensor) -> Any:
-                return None, *ctx.tensor.gradients(ctx.packed, by_weight[0])
+                return None, *ctx.tensor.gradients(ctx.packed, *ctx.saved_tensors, by_weight[0])
 
         _made.append(Weight)
     return _made[0]
