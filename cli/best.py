@@ -79,6 +79,8 @@ def asked(args: argparse.Namespace) -> bool:
 
 def run(args: argparse.Namespace) -> int:
     compensation.take_source(args)
+    if args.distill and args.split_max_size:
+        raise InputError("--distill: writes one file; leave --split-max-size out")
     for name in ("pure", "leave_output_tensor", "output_tensor_type", "token_embedding_type"):
         if getattr(args, name):
             raise InputError(
@@ -180,14 +182,20 @@ def _calibrate_and_mix(
     from dsq.runtime.calibration.calibrate import Options, calibrate
     from dsq.runtime.calibration.workdir import WorkDir, settings_hash
     from dsq.runtime.decoder import chosen_device
-    from dsq.runtime.fidelity.source_check import source_identity
+    from dsq.runtime.fidelity.mix import check_budget, check_recipe
+    from dsq.runtime.fidelity.source_check import check_not_source, source_identity
     from dsq.runtime.torch_setup import need_torch
 
     need_torch("--calibrate")
+    if recipe is None:
+        check_budget(checkpoint, _budget(args, checkpoint))
+    else:
+        check_recipe(checkpoint, recipe, str(args.recipe))
     # Without -o the file is called by the bits it comes to have, which nobody knows yet.
     out = args.output or common.output_path(checkpoint.path, _target(args))
     if not args.dry_run:
         _check_outputs(args, out)
+        check_not_source(checkpoint, out)
     n_ctx = args.ctx
     if args.vram is not None:
         args.ctx = None  # the context to serve, not a calibration window

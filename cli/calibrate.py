@@ -100,6 +100,8 @@ def texts(args: argparse.Namespace) -> Texts:
 
 def windows(args: argparse.Namespace, model: Path) -> tuple[npt.NDArray[np.int32], dict[str, Any]]:
     """(windows, n_ctx) token ids of `model`, and the record of what they are from."""
+    if (args.seed or 0) < 0:
+        raise InputError(f"--seed {args.seed}: give 0 or more")
     if corpus.is_asked_for(args):
         return corpus.windows(args, model)
     found = texts(args)

@@ -226,6 +226,7 @@ def with_distillation(
     from dsq.convert.atomic import check_space
     from dsq.convert.pipeline import check_outputs
     from dsq.runtime.calibration.workdir import WorkDir, settings_hash
+    from dsq.runtime.fidelity import distill
     from dsq.runtime.fidelity.source_check import source_identity
 
     check_outputs(checkpoint, plan, out, force=force or WorkDir.owns(out))
@@ -237,6 +238,7 @@ def with_distillation(
         version("dsq"),
         found.ids,
     )
+    distill.split(_windows(args, found), distill.Options())  # refuses too few, before hours of work
     with WorkDir(out, settings) as work:
         if not work.done:
             check_space(out, 2 * plan.layout.data_bytes)
@@ -245,7 +247,7 @@ def with_distillation(
         report["distillation"] = work.once(
             "distilled", lambda: _distilled(args, checkpoint.path, before, found, after)
         )
-        work.finish(after.name, out)
+        work.finish(after.name, out, force=force)
     return {**report, "files": [str(out)]}
 
 
@@ -254,7 +256,6 @@ def _distilled(
 ) -> dict[str, Any]:
     from dsq.runtime.fidelity.distill import Options, distill
 
-    n_windows = max(4, args.distill // found.ids.shape[1])
     device = "cpu" if args.device in (None, "auto") else args.device
     options = Options(seed=args.seed or 0, n_threads=args.threads, device=device)
     with progress_bar("distilling", 1000, quiet=args.json) as advance:
@@ -266,9 +267,14 @@ def _distilled(
             advance(max(0, now - shown))
             shown = max(now, shown)
 
-        windows = found.ids[:n_windows]
+        windows = _windows(args, found)
         report = distill(source, before, after, windows, options, force=True, progress=tell)
     return report.to_json()
+
+
+def _windows(args: argparse.Namespace, found: Calibration) -> npt.NDArray[np.int32]:
+    """What is distilled on."""
+    return found.ids[: max(4, args.distill // found.ids.shape[1])]
 
 
 def tell_distilled(report: dict[str, Any]) -> None:

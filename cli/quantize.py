@@ -179,7 +179,7 @@ def write(
         else:
             report |= _in_folder(args, checkpoint, plan, work, carry_out, out)
     elif work is not None:
-        work.finish_all({})
+        work.leave()
     if args.json:
         common.print_json(report)
     else:

@@ -122,7 +122,8 @@ def atomic_directory(path: Path, *, force: bool, ours: Callable[[str], bool]) ->
             locks += _lock(path)
             path.rename(old)  # a kill now, and `sweep` brings it back
             temporary.rename(path)
-            shutil.rmtree(old)
+            old.rename(temporary)  # `sweep` must not bring half of it back
+            shutil.rmtree(temporary)
         else:
             temporary.rename(path)
         sync(path.parent)

@@ -349,7 +349,8 @@ def recommend(rows: Sequence[Row], limits: Limits) -> tuple[Row | None, str]:
         ]
         row = fine[0] if fine else whole[0][0]
         return row, "the finest that is wholly on the card" + _cache(row)
-    where = "in memory" if not limits.vram else "with a part on the card"
+    on_card = any(at.n_gpu_layers for _, at in placed)
+    where = "with a part on the card" if on_card else "in memory"
     usual = next((row for row, _ in placed if row.preset not in FINE_PRESETS), placed[-1][0])
     if any(at.tokens_per_s_full is None for _, at in placed):
         why = f"the usual choice {where}{_cache(usual)}; its speed is not known"

@@ -51,7 +51,7 @@ class Generation:
         if len(prompt) >= engine.n_ctx:
             raise InputError(
                 f"the prompt has {len(prompt)} tokens, but a context of {engine.n_ctx} holds at "
-                f"most {engine.n_ctx - 1} and one to generate; raise n_ctx or shorten the prompt"
+                f"most {engine.n_ctx - 1} and one to generate; raise -c or shorten the prompt"
             )
         if any(not s for s in stop_strings):
             raise InputError("a stop string is empty; every text contains it: remove it")

@@ -24,6 +24,7 @@ from dsq.runtime.calibration.peak_memory import PeakMemory
 from dsq.runtime.calibration.plan import Options, choose_windows, plan_run
 from dsq.runtime.calibration.steps import FILE, Progress, Steps
 from dsq.runtime.calibration.workdir import WorkDir
+from dsq.runtime.fidelity.source_check import check_not_source
 
 __all__ = ["Options", "Report", "calibrate", "choose_windows"]
 
@@ -70,7 +71,9 @@ def calibrate(
     that are NaN or Inf.
     """
     check_target(out, force=force or WorkDir.owns(out))
-    plan = plan_run(open_checkpoint(source), ids, options or Options(), about_text or {})
+    checkpoint = open_checkpoint(source)
+    check_not_source(checkpoint, out)
+    plan = plan_run(checkpoint, ids, options or Options(), about_text or {})
     with PeakMemory() as peak:
         start = time.perf_counter()
         with WorkDir(out, plan.fingerprint) as work:
@@ -79,7 +82,7 @@ def calibrate(
                 check_space(out, plan.disk_bytes)
             Steps(plan, work).go(progress)
             size = (work.path / FILE).stat().st_size
-            work.finish(FILE, out)
+            work.finish(FILE, out, force=force)
         seconds = time.perf_counter() - start
     return Report(
         out=str(out),

@@ -36,6 +36,8 @@ class WorkDir(AbstractContextManager["WorkDir"]):
         self._results: dict[str, Any] = {}
         self._named: dict[str, Any] = {}  # see `finish_all`
         self._begun = False  # something is worth keeping
+        self._went_on = False  # it is a run before this one that began it
+        self._taken: dict[str, Path] = {}  # what that run had named already
         self._refuse_foreign()
         try:
             self._lock = _locked(self.path, out)
@@ -88,10 +90,12 @@ class WorkDir(AbstractContextManager["WorkDir"]):
                 )
             self._begun = _in_reach(self.path, found.get("named", {}))
         if self._begun:
+            self._went_on = True
             self.done, self._results = int(found["done"]), found["results"]
             for name, (out, _) in found.get("named", {}).items():
                 if not (self.path / name).exists():
-                    (self.path.parent / out).replace(self.path / name)
+                    self._taken[name] = self.path.parent / out
+                    self._taken[name].replace(self.path / name)
         else:
             state.unlink(missing_ok=True)  # first: it must not outlive the files it speaks of
         for path in self.path.iterdir():
@@ -122,16 +126,31 @@ class WorkDir(AbstractContextManager["WorkDir"]):
             self.save(self.done + 1)
         return self._results[name]
 
-    def finish(self, file: str, out: Path) -> None:
-        """Give `file` its final name, and remove the folder."""
-        self.finish_all({file: out})
+    def leave(self) -> None:
+        """The end of a run that was to show something only: a folder that it made is removed, and
+        what another run is to go on with is as it was."""
+        if not self._went_on:
+            self._clear()
+        for name, out in self._taken.items():
+            (self.path / name).replace(out)
 
-    def finish_all(self, files: Mapping[str, Path]) -> None:
+    def finish(self, file: str, out: Path, *, force: bool = True) -> None:
+        """Give `file` its final name, and remove the folder."""
+        self.finish_all({file: out}, force=force)
+
+    def finish_all(self, files: Mapping[str, Path], *, force: bool = True) -> None:
         """Give files (or folders) in here their final names, and remove this folder.
 
         After a kill on the way the run is begun anew only when all names were given: until then
-        the state stays, and tells which files a run that goes on has to take back.
+        the state stays, and tells which files a run that goes on has to take back. Without `force`
+        a file that came while we worked is refused; what is done is kept.
         """
+        for out in files.values():
+            if not force and out.exists():
+                raise DiskError(
+                    f"{out} came while this run was at work, and is not replaced; what is done is "
+                    "kept: move it away and repeat the command, or add --force"
+                )
         self._named = {
             name: [os.path.relpath(out, self.path.parent), _mark(self.path / name)]
             for name, out in files.items()

@@ -36,12 +36,13 @@ from dsq.runtime.decoder import Decoder, chosen_device
 from dsq.runtime.fidelity import compensate, distill
 from dsq.runtime.fidelity.mix import (
     Budget,
+    check_budget,
     choose_recipe,
     chosen_once,
     measure_table,
     plan_recipe,
 )
-from dsq.runtime.fidelity.source_check import source_identity
+from dsq.runtime.fidelity.source_check import check_not_source, source_identity
 from dsq.runtime.fidelity.teacher import Teacher
 from dsq.runtime.torch_setup import need_torch, torch_threads
 
@@ -129,6 +130,8 @@ def best(
     n_held = len(windows) // HELD_OUT
     held, train = windows[np.sort(order[:n_held])], windows[np.sort(order[n_held:])]
     checkpoint = open_checkpoint(source)
+    check_not_source(checkpoint, out)
+    check_budget(checkpoint, budget)  # before hours of work
     need_torch("best-N")
     threads = options.n_threads or default_threads()
     options = replace(
@@ -144,7 +147,7 @@ def best(
         run = _Best(checkpoint, work, train, held, options, pre, tell)
         file, report = run.go(budget)
         keep(report.recipe)
-        work.finish(file, out)
+        work.finish(file, out, force=force)
     return report
 
 

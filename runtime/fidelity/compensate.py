@@ -141,7 +141,7 @@ def quantize(
             )
         paths = shard_paths(out, len(artifact.paths))
         ready = [path.name for path in artifact.paths]
-        work.finish_all(dict(zip(ready, paths, strict=True)))
+        work.finish_all(dict(zip(ready, paths, strict=True)), force=force)
     return Report(
         tuple(paths), artifact.size_bytes, ids.size, made.seconds, resumed, tuple(made.reports)
     )

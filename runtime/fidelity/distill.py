@@ -123,7 +123,7 @@ def distill(
     with WorkDir(out, settings) as work, torch_threads(options.n_threads or default_threads()):
         report = train(work, source, student.parts, windows, options, progress)
         student.write(work.path / _RESULT)
-        work.finish(_RESULT, out)
+        work.finish(_RESULT, out, force=force)
     return report
 
 
@@ -227,6 +227,11 @@ class _Run:
         optimizer = torch.optim.Adam(student.groups(options.lr), betas=(0.9, 0.99))
         if not self._load(folder, optimizer):
             self.kld_before = self.kld_best = self._held_out_kld(n)
+            if not math.isfinite(self.kld_before):
+                raise DsqError(
+                    "distilling: the quantized model's predictions, or the original's, are not "
+                    "finite before anything is tuned; dsq verify tells which weights are damaged"
+                )
             self.best = student.snapshot()
         while self.step < len(batches) and self.looks < options.patience:
             batch = batches[self.step]
@@ -256,7 +261,7 @@ class _Run:
         if kld < self.kld_best:
             self.best, self.looks = self.student.snapshot(), 0
             self.kld_best, self.best_step = kld, self.step
-        elif kld > _WORSE * self.kld_best:
+        elif not kld <= _WORSE * self.kld_best:  # NaN too
             self.student.restore(self.best)
             optimizer.state.clear()
             self.pace *= _SLOWER
@@ -300,12 +305,7 @@ class _Run:
                 hidden = self.student.forward(self.ids[batch])
                 norm, head = self.student.head()
                 total += sum(self._klds(batch, norm, head, hidden.flatten(0, 1)))
-        kld = total / (len(self.held) * self.ids.shape[1])
-        if not math.isfinite(kld):
-            raise DsqError(
-                "distilling: the model's predictions are not finite; use a smaller --distill-lr"
-            )
-        return kld
+        return total / (len(self.held) * self.ids.shape[1])
 
     def _klds(self, batch: list[int], norm: Tensor, head: Tensor, rows: Tensor) -> Iterator[float]:
         for part, wanted in self.teacher.parts(batch):

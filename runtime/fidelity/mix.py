@@ -144,6 +144,27 @@ def choose_recipe(table: Table, budget: Budget) -> tuple[Recipe, float]:
     return Recipe(types, about), found.kld
 
 
+def check_budget(checkpoint: Checkpoint, budget: Budget) -> None:
+    """Refuse, before anything is measured, a size that no choice of types fits."""
+    if budget.kind == "kld":
+        return
+    choices = {
+        name: [Choice(of, n_out * of.row_bytes(n_in), 0.0) for of in mix.candidates(n_in)]
+        for name, (n_out, n_in) in matrices(checkpoint).items()
+    }
+    choose_recipe(_table(checkpoint, choices), budget)
+
+
+def check_recipe(checkpoint: Checkpoint, recipe: Recipe, where: str) -> Table:
+    """The model's table without choices. Raises InputError for a recipe of another shape."""
+    table = _table(checkpoint, {})
+    shapes: dict[str, tuple[int, ...]] = dict(table.shapes)
+    if table.embedding is not None:
+        shapes[EMBEDDING] = table.embedding
+    recipe.check(shapes, where)
+    return table
+
+
 def chosen_once(work: WorkDir, choose: Callable[[], tuple[Recipe, float]]) -> tuple[Recipe, float]:
     """What `choose` (see `choose_recipe`) gives: now, or in the run that this one goes on with."""
     path = work.path / "recipe.json"
@@ -159,11 +180,7 @@ def chosen_once(work: WorkDir, choose: Callable[[], tuple[Recipe, float]]) -> tu
 
 def plan_recipe(checkpoint: Checkpoint, recipe: Recipe, where: str, **settings: object) -> GgufPlan:
     """The plan of a recipe for this model. Raises InputError when it is for another shape."""
-    table = _table(checkpoint, {})
-    shapes: dict[str, tuple[int, ...]] = dict(table.shapes)
-    if table.embedding is not None:
-        shapes[EMBEDDING] = table.embedding
-    recipe.check(shapes, where)
+    table = check_recipe(checkpoint, recipe, where)
     return plan_gguf(
         checkpoint,
         table.preset(recipe),

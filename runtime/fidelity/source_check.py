@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from pathlib import Path
 from typing import Any
 
 from dsq.convert.checkpoint import GgufCheckpoint, HfCheckpoint
@@ -23,6 +24,12 @@ def source_identity(checkpoint: Checkpoint) -> tuple[dict[str, Any], str]:
     """For the settings of a resumable run: `model_identity`, of which most rows are no part, and
     the size and time of change of every weight file."""
     return model_identity(checkpoint), file_identity(list(source_files(checkpoint)))
+
+
+def check_not_source(checkpoint: Checkpoint, out: Path) -> None:
+    """Raise InputError for an output that is a file of the source, --force or not."""
+    if out.resolve() in {path.resolve() for path in source_files(checkpoint)}:
+        raise InputError(f"{out} is the source itself; give another output")
 
 
 def check_weights(checkpoint: Checkpoint, dense: Collection[str], to: GgmlType) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import time
 import warnings
 from functools import cache
 from importlib import import_module
@@ -95,17 +96,23 @@ def syntax_fault(language: str, text: str) -> bool:
     return share > _TOLERATED.get(language, 0.0)
 
 
-def imports(language: str, text: str) -> list[str]:
+def imports(language: str, text: str, most_seconds: float = float("inf")) -> list[str]:
     """What the text imports, as `dependencies.PathIndex.resolve` reads it.
 
-    Works on text with syntax errors as well: what is being typed has some.
+    Works on text with syntax errors as well: what is being typed has some. A query of deeply nested
+    text takes time by the square of the depth, and all threads wait for it: after `most_seconds`
+    what was found until then has to do.
     """
     if language not in _GRAMMARS:
         return []
     from tree_sitter import QueryCursor
 
     data = text.encode()
-    captures = QueryCursor(_query(language)).captures(_parse(language, data).root_node)
+    root, end = _parse(language, data).root_node, time.monotonic() + most_seconds
+    # The stub has it by position, which the binding refuses without a predicate.
+    captures = QueryCursor(_query(language)).captures(  # type: ignore[call-arg]
+        root, progress_callback=lambda _: time.monotonic() > end
+    )
     found: dict[str, None] = {}  # a set in order
     for capture, nodes in captures.items():
         for node in nodes:

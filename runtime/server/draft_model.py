@@ -18,6 +18,7 @@ from dsq.runtime.server.scheduler import Copy, Remove, common_prefix
 from dsq.runtime.server.token_sampler import TokenSampler
 
 MOST_GUESSES = 16  # in a row
+_SHARED = 32  # tokens; fewer are evaluated again
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,7 @@ class DraftModel:
     def catch_up(self, requests: Sequence[Followed], budget: int) -> None:
         """Evaluate up to `budget` missing tokens."""
         for request in requests:
+            self._share(request)
             while budget > 0 and (missing := self.n_missing(request)) > 0:
                 n = min(missing, budget, self._n_batch)
                 budget -= n
@@ -70,6 +72,9 @@ class DraftModel:
     def guess(self, requests: Sequence[Followed], n: int) -> list[list[int]]:
         """`n` guesses for each request (fewer at a token that the large model lacks); those must
         have caught up, but for a few tokens."""
+        missing = sum(self.n_missing(request) for request in requests)
+        if missing + len(requests) > self._n_batch:
+            self.catch_up(requests, missing)
         forks = [request.sampler.fork() for request in requests]
         guesses: list[list[int]] = [[] for _ in requests]
         try:
@@ -114,6 +119,19 @@ class DraftModel:
         n = common_prefix(have, request.tokens, len(request.tokens) - 1)
         self._cut(request.slot, n)
         return n
+
+    def _share(self, request: Followed) -> None:
+        """Share what another slot has of the request's tokens: the large model's slots do, so that
+        without it these would not fit."""
+        most, known = len(request.tokens) - 1, self._known(request)
+        source, n = request.slot, known
+        for slot, have in self._have.items():
+            if (same := common_prefix(have, request.tokens, most)) > n:
+                source, n = slot, same
+        if n - known >= _SHARED:
+            self._cut(request.slot, 0)
+            self._llama.copy(source, request.slot, n)
+            self._have[request.slot] = self._have[source][:n]
 
     def _cut(self, slot: int, n: int) -> None:
         have = self._have.get(slot, [])

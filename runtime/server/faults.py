@@ -11,7 +11,7 @@ from fastapi.exceptions import RequestValidationError
 from dsq.runtime.server import bodies
 from dsq.runtime.server.problems import Problem
 
-SEND_JSON = "send a JSON object, with Content-Type: application/json"
+SEND_JSON = "send a JSON object"
 
 _KINDS = {
     "string_type": "a string",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -61,6 +62,8 @@ class ModelPool:
         self._most_loaded, self._idle_s = most_loaded, idle_s
         self._free_memory = free_memory
         self._lock = asyncio.Lock()  # one model is loaded at a time
+        self._loading: dict[str, asyncio.Task[None]] = {}
+        self._wanted: Counter[str] = Counter()  # requests that wait for it to be loaded
 
     def name_of(self, asked: str | None) -> str:
         """The offered name for what a request says. Raises ModelNotFound."""
@@ -77,18 +80,32 @@ class ModelPool:
     async def use(self, asked: str | None) -> AsyncGenerator[Model, None]:
         """The model, loaded, and kept while the block runs."""
         name = self.name_of(asked)
-        model = self.loaded.get(name)
-        if model is None:
-            async with self._lock:
-                model = self.loaded.get(name) or await self._load(name)
-                model.n_users += 1
-        else:
+        self._wanted[name] += 1
+        try:
+            while (model := self.loaded.get(name)) is None:
+                loading = self._loading.get(name)
+                if loading is None:
+                    loading = self._loading[name] = asyncio.create_task(self._load_alone(name))
+                    loading.add_done_callback(lambda done: self._has_loaded(name, done))
+                # An editor gives up a request at the next keystroke: the loading goes on for that.
+                await asyncio.shield(loading)
             model.n_users += 1
+        finally:
+            self._wanted[name] -= 1
         try:
             yield model
         finally:
             model.n_users -= 1
             model.last_used = time.monotonic()
+
+    async def _load_alone(self, name: str) -> None:
+        async with self._lock:
+            await self._load(name)
+
+    def _has_loaded(self, name: str, task: asyncio.Task[None]) -> None:
+        del self._loading[name]
+        if not task.cancelled():
+            task.exception()  # asked for here, as those who wanted the model may have left
 
     async def _load(self, name: str) -> Model:
         offer = self.offers[name]
@@ -116,7 +133,7 @@ class ModelPool:
         return free is not None and offer.memory_bytes > free
 
     async def _unload_one(self) -> None:
-        idle = [model for model in self.loaded.values() if not model.n_users]
+        idle = [m for m in self.loaded.values() if not m.n_users and not self._wanted[m.name]]
         if not idle:
             raise Busy(sum(model.n_users for model in self.loaded.values()), 5)
         await self._unload(min(idle, key=lambda model: model.last_used))
@@ -137,6 +154,8 @@ class ModelPool:
                     await self._unload(model)
 
     async def close(self) -> None:
+        for task in self._loading.values():
+            task.cancel()
         async with self._lock:
             for model in list(self.loaded.values()):
                 await self._unload(model)

@@ -18,6 +18,7 @@ _NEARLY = 8  # tokens that the first round of guessing evaluates on the way
 _PRIOR, _WEIGHT = 0.7, 4.0  # of the draft model's guesses, the part that is right, as if seen
 _MEMORY = 0.95  # weight of the past in the count of right guesses
 _DRIFT = 0.005  # in a step without guesses the count forgets this much, so that they come again
+_REST = 64  # steps without the draft model after it failed; twice as many each time
 _SAVING = 0.3  # of the large model's time, at the most hoped for: bounds the reading of a prompt
 
 log = logging.getLogger("dsq.server")
@@ -51,6 +52,7 @@ class Speculation:
 
     def __init__(self, n_lookup: int, model: DraftModel | None, gap_ms: float) -> None:
         self._n_lookup, self._model, self._gap = n_lookup, model, gap_ms / 1e3
+        self._n_failed = self._rest = 0  # how often the model did; steps until it is asked again
         self._runs: dict[int, _Run] = {}
         self._drafts: dict[int, list[int]] = {}
         self.cost = StepCost()
@@ -66,6 +68,8 @@ class Speculation:
     def plan(self, generating: Sequence[Generating]) -> None:
         """Make the next step's drafts."""
         self._drafts.clear()
+        self._rest = max(0, self._rest - 1)
+        model = None if self._rest else self._model
         batch = Batch(len(generating), len(generating))
         others: list[Generating] = []
         for one in generating:
@@ -74,18 +78,20 @@ class Speculation:
                 continue
             run.from_model = False
             chance = run.drafter.chance if run.drafter is not None else 0.0
-            if self._model is not None and chance < run.chance:
+            if model is not None and chance < run.chance:
                 others.append(one)
             elif chance and run.drafter is not None:
                 n = best_length(self.cost, batch, [chance], min(one.most, self._n_lookup))
                 if n:
                     self._drafts[one.id] = run.drafter.propose(n)
                     batch.add(n, chance)
-        if others and self._model is not None:
+        if others and model is not None:
             try:
-                self._ask(self._model, others, batch)
+                self._ask(model, others, batch)
             except DsqError as error:  # the request does not need it
                 log.warning("the draft model failed: %s", error)
+                self._rest = _REST << min(self._n_failed, 10)
+                self._n_failed += 1
 
     def _ask(self, model: DraftModel, generating: Sequence[Generating], batch: Batch) -> None:
         runs = {one.id: self._runs[one.id] for one in generating}

@@ -41,6 +41,7 @@ class TokenSampler:
     ) -> None:
         self._chain = self._grammar = None
         self._noise: _Noise | None = None
+        self._forbidden = [token for token, bias in request.logit_bias if bias == -np.inf]
         self._vocab = vocab
         sampling = request.sampling
         self.is_argmax = (
@@ -75,7 +76,7 @@ class TokenSampler:
                 llama_cpp.llama_sampler_accept(self._chain, token)
 
     def sample(self, logits: Floats, context: Any, index: int) -> int | None:
-        """The next token, or None if the grammar allows none.
+        """The next token, or None if the grammar allows none, or none that is not forbidden.
 
         `logits` (n_vocab,) are those of the token at `index` in the context's last batch; without
         a context of llama.cpp the samplers run on them.
@@ -91,6 +92,9 @@ class TokenSampler:
         token = self._choose(logits, by_grammar=False)
         if self._grammar is not None and not self._allows(token):
             token = self._choose(logits, by_grammar=True)
+            # What llama.cpp's grammar is told to accept and does not allow ends the process.
+            if token is not None and not self._allows(token):
+                token = None
         if token is not None:
             llama_cpp.llama_sampler_accept(self._chain, token)
             if self._grammar is not None and not llama_cpp.llama_vocab_is_eog(self._vocab, token):
@@ -108,6 +112,7 @@ class TokenSampler:
         all_ = Candidates(np.arange(len(logits), dtype=np.int32), logits)
         if by_grammar:
             all_.apply(self._grammar)
+            all_.left[1][self._forbidden] = -np.inf  # in the order of the ids until now
             if all_.left[1].max() == -np.inf:
                 return None
         all_.apply(self._chain)

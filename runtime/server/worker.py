@@ -156,6 +156,8 @@ def main() -> None:
     # The server decides when this process ends, also when a signal goes to the whole group.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    # Before ggml is loaded: on an abort it would have gdb look at the process for seconds.
+    os.environ.setdefault("GGML_NO_BACKTRACE", "1")
     out = os.dup(1)
     os.dup2(2, 1)  # whatever a library prints must not get among the frames
     inbox = _Inbox(0)

@@ -227,6 +227,9 @@ def test_a_muddle_is_an_error(
 def test_too_small_a_target(stats: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = fails(capsys, "quantize", "--target-bpw", 2, TINY_CODER, "--stats", stats)
     assert "raise the target" in words
+    text = ("--calibrate", "--text", HELDOUT)
+    for command in (("best-0.5", TINY_CODER, *text[1:]), ("--target-bpw", 0.5, TINY_CODER, *text)):
+        assert "0.5 bpw: norms and embedding alone take" in fails(capsys, "quantize", *command)
 
 
 def test_statistics_that_do_not_serve(
