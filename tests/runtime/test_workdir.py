@@ -230,3 +230,34 @@ def test_settings_differ_by_any_part() -> None:
     parts = [(1, ids), (2, ids), (1, ids + 1), (1, ids.reshape(2, 3)), (1, ids.view(np.float32))]
     assert len({settings_hash(*some) for some in parts}) == len(parts)
     assert settings_hash(1, ids) == settings_hash(1, ids.copy())
+
+
+def test_a_file_that_came_meanwhile_is_not_replaced(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with (
+        pytest.raises(DiskError, match="came while this run was at work"),
+        WorkDir(out, "s") as work,
+    ):
+        work.once("first", lambda: (work.path / "file").write_text("ours"))
+        out.write_text("theirs")
+        work.finish("file", out, force=False)
+    assert out.read_text() == "theirs"
+    with WorkDir(out, "s") as work:
+        assert work.done == 1
+        work.finish("file", out, force=True)
+    assert out.read_text() == "ours"
+
+
+def test_a_run_that_only_shows_leaves_what_another_goes_on_with(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt), WorkDir(out, "s") as work:
+        work.save(1)
+        raise KeyboardInterrupt
+    with WorkDir(out, "s") as work:
+        work.leave()
+    with WorkDir(out, "s") as work:
+        assert work.done == 1
+        work.leave()
+    with WorkDir(tmp_path / "new", "s") as work:
+        work.leave()
+    assert names(tmp_path) == {"out.partial"}

@@ -205,3 +205,16 @@ def test_stops_at_whichever_comes_first(client: openai.OpenAI) -> None:
         found = ask(client, max_tokens=20, stop=stops).choices[0]
         assert found.text == plain.partition(early)[0]
         assert found.finish_reason == "stop"
+
+
+def test_what_a_grammar_and_a_bias_forbid_together_ends_the_answer(client: openai.OpenAI) -> None:
+    sent = {"prompt": "x", "grammar": "root ::= [a]", "logit_bias": {"a": False}, "n_predict": 4}
+    root = str(client.base_url).removesuffix("/v1/")
+    key = {"Authorization": f"Bearer {client.api_key}"}
+    for temperature in (0.0, 1.0):
+        answer = httpx.post(
+            f"{root}/completion", json={**sent, "temperature": temperature}, headers=key
+        )
+        assert answer.status_code == 200
+        assert "a" not in answer.json()["content"]
+    assert httpx.get(f"{root}/health", headers=key).status_code == 200
