@@ -25,7 +25,6 @@ from dsq.runtime.repo.languages import language_of, refine
 from dsq.runtime.repo.syntax import imports, require_parsers
 
 MOST_BYTES = 32 << 20  # of source text of one repository: bounds memory, and seconds of parsing
-MOST_SECONDS = 0.1  # for what one file imports
 LEAST_SECONDS = 2.0  # between two looks at the folder
 SHARE = 20  # looking takes at most one part in so many of the time
 
@@ -65,7 +64,7 @@ class RepoGraph:
         if language is None:
             return frozenset()
         language = refine(language, path, text)
-        names = imports(language, text, MOST_SECONDS)
+        names = imports(language, text)
         return _resolved(self.paths, language, path, names, self.sources)
 
 
@@ -145,7 +144,7 @@ class RepoIndex:
                 self._refused[path] = error.reason
                 continue
             language = refine(file.language, path, text)
-            self._texts[path] = language, text, tuple(imports(language, text, MOST_SECONDS))
+            self._texts[path] = language, text, tuple(imports(language, text))
         skipped.update(self._refused.values())
         self._states = present
         return present != before

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-import time
+import re
 import warnings
 from functools import cache
 from importlib import import_module
@@ -96,23 +96,30 @@ def syntax_fault(language: str, text: str) -> bool:
     return share > _TOLERATED.get(language, 0.0)
 
 
-def imports(language: str, text: str, most_seconds: float = float("inf")) -> list[str]:
+_DEEPEST = 2000  # brackets
+
+
+def _depth(text: str) -> int:
+    depth = deepest = 0
+    for bracket in re.findall(r"[()\[\]{}]", text):
+        depth = depth + 1 if bracket in "([{" else max(0, depth - 1)
+        deepest = max(deepest, depth)
+    return deepest
+
+
+def imports(language: str, text: str) -> list[str]:
     """What the text imports, as `dependencies.PathIndex.resolve` reads it.
 
-    Works on text with syntax errors as well: what is being typed has some. A query of deeply nested
-    text takes time by the square of the depth, and all threads wait for it: after `most_seconds`
-    what was found until then has to do.
+    Works on text with syntax errors as well: what is being typed has some. Of text nested
+    deeper than `_DEEPEST` nothing is read: a query takes time by the square of the depth, and all
+    threads wait for it. (tree-sitter's own progress callback crashed the process.)
     """
-    if language not in _GRAMMARS:
+    if language not in _GRAMMARS or _depth(text) > _DEEPEST:
         return []
     from tree_sitter import QueryCursor
 
     data = text.encode()
-    root, end = _parse(language, data).root_node, time.monotonic() + most_seconds
-    # The stub has it by position, which the binding refuses without a predicate.
-    captures = QueryCursor(_query(language)).captures(  # type: ignore[call-arg]
-        root, progress_callback=lambda _: time.monotonic() > end
-    )
+    captures = QueryCursor(_query(language)).captures(_parse(language, data).root_node)
     found: dict[str, None] = {}  # a set in order
     for capture, nodes in captures.items():
         for node in nodes:
