@@ -30,11 +30,28 @@ MOST_PORTS = 65535
 MIN_KEY = 8  # characters; limits.check_binding says so of --api-key
 
 
+Group = argparse._ArgumentGroup
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     common.add_source(
         parser, "model", ".gguf, directory (Hugging Face, GPTQ, EXL2), folder of .gguf, or hub id"
     )
-    where = parser.add_argument_group("who may come in")
+    _add_access(parser.add_argument_group("who may come in"))
+    _add_engine(parser)
+    _add_vllm(parser.add_argument_group("engine vllm"))
+    several = parser.add_argument_group("a folder of models")
+    several.add_argument(
+        "--max-models", type=_parallel, default=1, metavar="N", help="loaded at once (default 1)"
+    )
+    several.add_argument(
+        "--idle", type=common.positive, metavar="S", help="unload a model after S idle seconds"
+    )
+    _add_limits(parser.add_argument_group("limits"))
+    common.add_hub(parser)
+
+
+def _add_access(where: Group) -> None:
     where.add_argument("--host", default="127.0.0.1", help="default: this machine alone")
     where.add_argument("--port", type=_port, default=8080, help="default 8080; 0 chooses one")
     where.add_argument(
@@ -51,6 +68,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="ORIGIN",
         help="web pages of this origin may use the server, such as http://localhost:3000",
     )
+
+
+def _add_engine(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--engine",
         default="auto",
@@ -95,7 +115,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="[NAME=]DIR",
         help="a repository that requests may name; whoever may use the server can then read it",
     )
-    vllm = parser.add_argument_group("engine vllm")
+
+
+def _add_vllm(vllm: Group) -> None:
     vllm.add_argument(
         "--tensor-parallel-size",
         type=_parallel,
@@ -108,14 +130,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     vllm.add_argument("--vllm-url", metavar="URL", help="one that runs already, anywhere")
     vllm.add_argument("--vllm-args", metavar="ARGS", help="more of its options: --vllm-args='…'")
-    several = parser.add_argument_group("a folder of models")
-    several.add_argument(
-        "--max-models", type=_parallel, default=1, metavar="N", help="loaded at once (default 1)"
-    )
-    several.add_argument(
-        "--idle", type=common.positive, metavar="S", help="unload a model after S idle seconds"
-    )
-    limits = parser.add_argument_group("limits")
+
+
+def _add_limits(limits: Group) -> None:
     limits.add_argument(
         "--queue", type=common.positive, default=64, help="waiting requests (default 64), then 429"
     )
@@ -123,7 +140,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--timeout", type=common.positive, default=600, metavar="S", help="of one answer (600)"
     )
     limits.add_argument("--log-prompts", action="store_true", help="write prompts to the log")
-    common.add_hub(parser)
 
 
 def _port(text: str) -> int:

@@ -16,12 +16,12 @@ order of columns (act-order) permutes the weight and the Hessian.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from dsq.errors import InputError
+from dsq.quant.threads import torch_threads
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -134,7 +134,9 @@ class _Feedback:
 
     def solve(self) -> Solution:
         n_in = len(self.weight)
-        with _threads(1):  # what is done on one column takes less time than waking other threads
+        with torch_threads(
+            1
+        ):  # what is done on one column takes less time than waking other threads
             self.groups(0, -(-n_in // self.group))
         return Solution(self.codes, self.values, self.error)
 
@@ -169,17 +171,5 @@ class _Feedback:
         """Hand the errors of columns begin … middle - 1 on to middle … end - 1."""
         share = self.share[begin:middle, middle:end]
         wanted = self.wanted[middle:end]
-        with _threads(self.threads if share.numel() * wanted.shape[1] >= _LARGE else 1):
+        with torch_threads(self.threads if share.numel() * wanted.shape[1] >= _LARGE else 1):
             wanted.addmm_(share.T, self.missed[begin:middle])
-
-
-@contextmanager
-def _threads(n: int) -> Iterator[None]:
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(n)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -6,6 +6,8 @@ import functools
 import os
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 _SAMPLE_SECONDS = 0.1  # ten ticks of /proc/stat
@@ -34,6 +36,19 @@ def free_cores() -> int:
     looked at once a process, so that all of a run computes with one number.
     """
     return max(1, default_threads() - round(_busy_elsewhere()))
+
+
+@contextmanager
+def torch_threads(n: int) -> Iterator[None]:
+    """Within, torch computes with `n` threads; afterwards with as many as before."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(n)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _usable() -> set[int]:

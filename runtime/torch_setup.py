@@ -1,9 +1,6 @@
-"""Before torch is used: that it is there, and with how many threads."""
+"""Before torch is used: that it is there."""
 
 from __future__ import annotations
-
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 from dsq.errors import InputError
 
@@ -16,16 +13,3 @@ def need_torch(what: str) -> None:
         raise InputError(
             f"{what} needs PyTorch, which is not installed ({error}); pip install 'dsq[torch]'"
         ) from error
-
-
-@contextmanager
-def torch_threads(n: int) -> Iterator[None]:
-    """Within, torch computes with `n` threads; afterwards with as many as before."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(n)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -14,12 +14,12 @@ from dsq.convert.names import gguf_name, permuted_heads
 from dsq.convert.tensor_plan import interleaved_rows
 from dsq.errors import DsqError
 from dsq.quant.stats import OUTPUT, StatsWriter, input_sizes
+from dsq.quant.threads import torch_threads
 from dsq.runtime.calibration.borders import Border
 from dsq.runtime.calibration.moments import Moments, WatchedDecoder
 from dsq.runtime.calibration.plan import Plan
 from dsq.runtime.calibration.workdir import WorkDir
 from dsq.runtime.decoder import STAGES, read_layer, read_tensor
-from dsq.runtime.torch_setup import torch_threads
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -25,9 +25,8 @@ from dsq.quant.mix import Choice
 from dsq.quant.scheme import GgmlType
 from dsq.quant.solver import DAMP, Factor, factor
 from dsq.quant.stats import STAGES, Stats
-from dsq.quant.threads import default_threads
+from dsq.quant.threads import default_threads, torch_threads
 from dsq.runtime.decoder import read_tensor
-from dsq.runtime.torch_setup import torch_threads
 
 if TYPE_CHECKING:
     from torch import Tensor

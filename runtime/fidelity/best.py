@@ -29,7 +29,7 @@ from dsq.quant.mix import Recipe
 from dsq.quant.presets import PRESETS
 from dsq.quant.solver import DAMP
 from dsq.quant.stats import Stats, read_stats
-from dsq.quant.threads import default_threads
+from dsq.quant.threads import default_threads, torch_threads
 from dsq.runtime.calibration import calibrate
 from dsq.runtime.calibration.workdir import WorkDir, settings_hash
 from dsq.runtime.decoder import Decoder, chosen_device
@@ -44,7 +44,7 @@ from dsq.runtime.fidelity.mix import (
 )
 from dsq.runtime.fidelity.source_check import check_not_source, source_identity
 from dsq.runtime.fidelity.teacher import Teacher
-from dsq.runtime.torch_setup import need_torch, torch_threads
+from dsq.runtime.torch_setup import need_torch
 
 Checkpoint = HfCheckpoint | GgufCheckpoint
 Ids = npt.NDArray[np.int32]

@@ -32,12 +32,12 @@ from dsq.quant.compensated import compensated
 from dsq.quant.grids import GRIDS
 from dsq.quant.scheme import GgmlType
 from dsq.quant.solver import DAMP, aim, factor
-from dsq.quant.threads import default_threads
+from dsq.quant.threads import default_threads, torch_threads
 from dsq.runtime.calibration.workdir import WorkDir, settings_hash
 from dsq.runtime.decoder import STAGES, chosen_device, read_layer, read_tensor
 from dsq.runtime.fidelity.source_check import source_identity
 from dsq.runtime.fidelity.two_ways import Seen, TwoWays
-from dsq.runtime.torch_setup import need_torch, torch_threads
+from dsq.runtime.torch_setup import need_torch
 
 if TYPE_CHECKING:
     from concurrent.futures import Executor

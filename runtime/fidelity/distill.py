@@ -28,7 +28,7 @@ import numpy.typing as npt
 from dsq.convert.atomic import check_target, sync
 from dsq.convert.checkpoint import GgufCheckpoint, HfCheckpoint, open_checkpoint
 from dsq.errors import DsqError, InputError
-from dsq.quant.threads import default_threads
+from dsq.quant.threads import default_threads, torch_threads
 from dsq.runtime.calibration.workdir import WorkDir, settings_hash
 from dsq.runtime.decoder import Decoder
 from dsq.runtime.fidelity.gguf_student import GgufStudent, check_pair
@@ -36,7 +36,7 @@ from dsq.runtime.fidelity.source_check import source_identity
 from dsq.runtime.fidelity.student import Parts, Student
 from dsq.runtime.fidelity.teacher import Teacher
 from dsq.runtime.fidelity.teacher import kld as divergence
-from dsq.runtime.torch_setup import need_torch, torch_threads
+from dsq.runtime.torch_setup import need_torch
 
 if TYPE_CHECKING:
     from torch import Tensor

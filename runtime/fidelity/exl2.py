@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import version
@@ -39,7 +38,7 @@ from dsq.quant.exl2_measurement import Measurement
 from dsq.quant.exl2_search import allocate
 from dsq.quant.scheme import F16
 from dsq.quant.stats import Stats
-from dsq.quant.threads import default_threads
+from dsq.quant.threads import default_threads, torch_threads
 from dsq.runtime.calibration.borders import Border
 from dsq.runtime.calibration.moments import Moments
 from dsq.runtime.calibration.workdir import WorkDir, settings_hash
@@ -138,7 +137,7 @@ def convert(
     start = time.perf_counter()
     tell = _Steps(checkpoint.spec.n_layer * (1 if plan.measurement else 2) + 1, progress)
     try:
-        with WorkDir(out, settings) as work, _torch_threads(threads):
+        with WorkDir(out, settings) as work, torch_threads(threads):
             resumed = work.done
             if not resumed:
                 check_space(out, _disk_bytes(plan, ids.size))
@@ -209,18 +208,6 @@ def _allocated(plan: Plan, measurement: Measurement, work: WorkDir, out: Path) -
     schemes = {name: scheme.to_json() for name, scheme in found.schemes.items()}
     steps = work.done + 1
     return {"schemes": schemes, "bpw": found.bpw, "error": found.error, "steps": steps}
-
-
-@contextmanager
-def _torch_threads(n: int) -> Iterator[None]:
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(n)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 class _Steps:

@@ -25,7 +25,7 @@ from dsq.convert.pipeline import source_files
 from dsq.errors import InputError
 from dsq.quant.gptq import Scheme, ordered, quantize
 from dsq.quant.gptq_layout import pack
-from dsq.quant.threads import default_threads
+from dsq.quant.threads import default_threads, torch_threads
 from dsq.runtime.calibration.workdir import WorkDir, settings_hash
 from dsq.runtime.decoder import STAGES, chosen_device, read_layer, read_tensor
 from dsq.runtime.fidelity import distill, gptq_student
@@ -34,7 +34,7 @@ from dsq.runtime.fidelity.source_check import check_weights, source_identity
 from dsq.runtime.fidelity.student import EMBEDDING, as_stored
 from dsq.runtime.fidelity.teacher import Teacher
 from dsq.runtime.fidelity.two_ways import Seen, TwoWays
-from dsq.runtime.torch_setup import need_torch, torch_threads
+from dsq.runtime.torch_setup import need_torch
 
 Ids = npt.NDArray[np.int32]
 Progress = Callable[[float], None]  # told the share of the work that is done

@@ -64,18 +64,6 @@ def client(backend: ScriptedBackend, tokenizer: Tokenizer) -> Iterator[httpx.Cli
 # llama.cpp's endpoints
 
 
-def test_what_curl_sends_without_a_header_is_read_as_json(client: httpx.Client) -> None:
-    form = {"Content-Type": "application/x-www-form-urlencoded"}
-    for path, body in (
-        ("/v1/completions", b'{"prompt": "x"}'),
-        ("/infill", b'{"input_prefix": "x", "input_suffix": "y"}'),
-    ):
-        assert client.post(path, content=body, headers=form).status_code == 200
-        for elsewhere in ("http://elsewhere", "http://["):
-            foreign = {**form, "Origin": elsewhere}
-            assert client.post(path, content=body, headers=foreign).status_code == 403
-
-
 def test_native_completion(client: httpx.Client, backend: ScriptedBackend) -> None:
     sent = {"prompt": "x", "n_predict": 20, "return_tokens": True, "n_probs": 2}
     found = client.post("/completion", json=sent).json()

@@ -181,3 +181,15 @@ def test_health_says_in_llama_cpps_way_that_a_model_is_loading(
     answer = client.get("/health")
     assert answer.status_code == 503
     assert answer.json()["error"]["type"] == "unavailable_error"
+
+
+def test_what_curl_sends_without_a_header_is_read_as_json(client: httpx.Client) -> None:
+    form = {"Content-Type": "application/x-www-form-urlencoded"}
+    for path, body in (
+        ("/v1/completions", b'{"prompt": "x"}'),
+        ("/infill", b'{"input_prefix": "x", "input_suffix": "y"}'),
+    ):
+        assert client.post(path, content=body, headers=form).status_code == 200
+        for elsewhere in ("http://elsewhere", "http://["):
+            foreign = {**form, "Origin": elsewhere}
+            assert client.post(path, content=body, headers=foreign).status_code == 403

@@ -216,6 +216,7 @@ def test_a_cancelled_task_cancels_in_vllm(url: str, standin: StandIn) -> None:
         await asyncio.to_thread(wait_until, lambda: standin.n_running == 1)
         task.cancel()
         await asyncio.to_thread(wait_until, lambda: standin.n_cancelled == 1)
+        assert standin.n_running == 0
 
     run(at(url), test)
 
