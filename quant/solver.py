@@ -134,9 +134,7 @@ class _Feedback:
 
     def solve(self) -> Solution:
         n_in = len(self.weight)
-        with torch_threads(
-            1
-        ):  # what is done on one column takes less time than waking other threads
+        with torch_threads(1):  # waking other threads takes longer than a column does
             self.groups(0, -(-n_in // self.group))
         return Solution(self.codes, self.values, self.error)
 
